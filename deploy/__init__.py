@@ -1,0 +1,1 @@
+"""Composition and release: the only package that may know all the others, and that nobody imports."""

@@ -1,0 +1,1 @@
+"""Generated dashboards, recording rules, alerts and their tests."""

@@ -1,0 +1,1 @@
+"""The release controller: a published version goes through gate, shadow and canary to stable, or back."""

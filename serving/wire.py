@@ -1,0 +1,81 @@
+"""Wire records between router and replica: one request, a stream of newline-delimited JSON chunks.
+
+``POST {replica}/v1/generate`` with a GenerateRequest; the answer is ``application/x-ndjson``, one Chunk a
+line. Closing the connection cancels the generation. Torch-free: the router imports this.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from telemetry.events import Message
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+
+class Sampling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How to decode. Part of a variant's identity, so always explicit on this wire."""
+
+    max_tokens: int
+    temperature: float = 0.7  # 0 = greedy
+    top_p: float = 0.95
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+    top_logprobs: int = 0  # alternatives per token, 0–20
+
+
+class GenerateRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Ask one version for ``n`` completions to one prompt."""
+
+    request_id: str
+    version: str  # exactly one version answers; unknown or unready → 409 version_not_ready
+    messages: tuple[Message, ...]
+    sampling: Sampling
+    n: int = 1
+    deadline_s: float = 120.0  # seconds from receipt; past it the request is cancelled
+    traceparent: str = ""
+
+
+class TopLogprob(msgspec.Struct, frozen=True):
+    token: str
+    logprob: float
+
+
+class TokenLogprob(msgspec.Struct, frozen=True):
+    """One sampled token with its natural-log probability under the serving version (before temperature)."""
+
+    token: str
+    token_id: int
+    logprob: float
+    top: tuple[TopLogprob, ...] = ()
+
+
+class Chunk(msgspec.Struct, frozen=True):
+    """A piece of completion ``index``. The last chunk of an index carries ``finish_reason`` and the counts."""
+
+    index: int
+    version: str
+    text: str = ""
+    tokens: tuple[TokenLogprob, ...] = ()
+    finish_reason: FinishReason | None = None
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    is_unsafe: bool = False  # the output filter stopped this completion
+    error: str = ""
+
+
+class ReplicaStatus(msgspec.Struct, frozen=True):
+    """``GET {replica}/v1/status``: what the control loop asks every replica."""
+
+    replica_id: str
+    base: str
+    versions: tuple[str, ...]  # ready, the base version first
+    loading: tuple[str, ...]
+    draining: tuple[str, ...]
+    failed: dict[str, str]  # version → reason its load was refused
+    in_flight: dict[str, int]  # version → running requests
+    free_slots: int
+    queued: int

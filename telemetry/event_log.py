@@ -1,0 +1,74 @@
+"""The event log seen by its users: append, and read from a position that the reader keeps itself.
+
+Two implementations, one contract (tests/contract/test_event_log.py): ``kafka_log`` and ``redis_log``
+(embedded). There are no consumer-group commits: a reader stores its positions in the same commit as its
+data, which is what makes it exactly once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+from typing import Protocol
+
+import msgspec
+
+
+class LogUnavailable(ConnectionError):
+    """The event log does not answer; nothing was acknowledged. Check the broker's address and health."""
+
+
+class PositionLost(RuntimeError):
+    """The stored position is not in the log any more (trimmed, re-created or truncated): halt, never skip."""
+
+
+class Position(msgspec.Struct, frozen=True, order=True):
+    """Where an entry stands: offsets of one (topic, partition) only ever grow."""
+
+    topic: str
+    partition: int
+    offset: int
+
+
+class Entry(msgspec.Struct, frozen=True):
+    """One entry as read: undecoded, so that a consumer decides what an invalid payload means."""
+
+    position: Position
+    key: str
+    payload: bytes
+
+
+Offsets = dict[str, dict[int, int]]  # topic → partition → next offset to read
+
+
+class EventLog(Protocol):
+    """Append and read; safe to share between threads for append, one reader per thread."""
+
+    def append(self, topic: str, key: str, payload: bytes) -> Future[Position]:
+        """Queue one entry; the future resolves once it is durable, or raises LogUnavailable."""
+        ...
+
+    def reader(self, topics: Sequence[str], start: Offsets) -> Reader:
+        """Read ``topics`` from ``start``; partitions not named there from their beginning."""
+        ...
+
+    def close(self) -> None:
+        """Flush what was queued and free the connection."""
+        ...
+
+
+class Reader(Protocol):
+    """A cursor over topics. Not thread-safe."""
+
+    def poll(self, *, max_entries: int, timeout_s: float) -> list[Entry]:
+        """Up to ``max_entries`` further entries, in order per (topic, partition); empty after the timeout.
+
+        Raises LogUnavailable, or PositionLost when the start is no longer in the log.
+        """
+        ...
+
+    def lag(self) -> int:
+        """Entries appended but not yet polled, over all topics."""
+        ...
+
+    def close(self) -> None: ...
