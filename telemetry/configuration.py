@@ -1,7 +1,7 @@
 """How every process reads its settings: one TOML, one table per package, unknown keys refused.
 
-Order: the class's defaults < TOML < ``TIEBREAK_<TABLE>_<FIELD>`` in the environment. Secrets come from files or the
-environment only. Read at entry points; constructors get values.
+Order: the class's defaults < TOML < ``TIEBREAK_<TABLE>_<FIELD>`` in the
+environment. Secrets come from files or the environment only. Read at entry points; constructors get values.
 """
 
 from __future__ import annotations

@@ -33,9 +33,7 @@ VERDICTS = Counter(
     "Verdicts per side: outcome win, loss, tie, both_bad, skip; is_cross when the sides' versions differ",
     ["variant", "version", "outcome", "source", "is_cross"],
 )
-VERDICT_SECONDS = Histogram(
-    "tiebreak_verdict_seconds", "Click received to acknowledged", buckets=FAST_BUCKETS
-)
+VERDICT_SECONDS = Histogram("tiebreak_verdict_seconds", "Click received to acknowledged", buckets=FAST_BUCKETS)
 FEEDBACK = Counter("tiebreak_feedback_total", "Thumbs on single answers", ["variant", "version", "rating"])
 SAFETY_VIOLATIONS = Counter(
     "tiebreak_safety_violations_total", "Completions that the output filter stopped", ["variant", "version"]
@@ -70,7 +68,9 @@ LABEL_AGE = Gauge("tiebreak_label_age_median_seconds", "Median age of labels in 
 TRAINER_LAG = Gauge("tiebreak_trainer_lag_entries", "Log entries not yet seen by the trainer")
 
 # release
-CHANNEL_INFO = Gauge("tiebreak_channel_info", "1 for the version a channel points at", ["variant", "channel", "version"])
+CHANNEL_INFO = Gauge(
+    "tiebreak_channel_info", "1 for the version a channel points at", ["variant", "channel", "version"]
+)
 RELEASES = Counter("tiebreak_release_changes_total", "Changes of a version's state", ["variant", "state"])
 RETRAIN_SECONDS = Histogram(
     "tiebreak_retrain_latency_seconds", "Oldest new verdict of a version to that version live", ["variant"],
