@@ -1,0 +1,76 @@
+"""How a bench speaks: one JSON object a line, kept in ``results/<bench>.json`` with the machine and the versions.
+
+``python -m tests.bench.record`` writes the README's table of numbers from those files.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+RESULTS = Path(__file__).parent / "results"
+README = Path(__file__).parents[2] / "README.md"
+MARK = re.compile(r"(<!-- numbers -->\n).*?(<!-- /numbers -->)", re.S)
+PACKAGES = ("ray", "torch", "transformers", "redis", "kafka-python", "deltalake")
+
+
+def row(
+    name: str, value: float, unit: str, *, bar: float, better: Literal["higher", "lower"], **detail: Any
+) -> dict[str, Any]:
+    """One measured figure beside its bar."""
+    holds = value >= bar if better == "higher" else value <= bar
+    return {
+        "name": name,
+        "value": round(value, 4),
+        "unit": unit,
+        "bar": bar,
+        "better": better,
+        "holds": holds,
+        "baseline": detail.pop("baseline", None),
+        "detail": detail,
+    }
+
+
+def save(bench: str, command: str, rows: list[dict[str, Any]]) -> None:
+    """Print the rows, one a line, and keep them with what they were measured on."""
+    machine = {"cores": os.cpu_count(), "cpu": _cpu(), "python": platform.python_version(), "gpu": None}
+    document = {
+        "command": command,
+        "machine": machine,
+        "versions": {package: version(package) for package in PACKAGES},
+        "rows": rows,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{bench}.json").write_text(json.dumps(document, indent=2) + "\n")
+    for line in rows:
+        print(json.dumps(line))
+
+
+def table() -> str:
+    """The README's table of every figure in ``results``."""
+    lines = ["| what | measured | bar | holds | command |", "|---|---|---|---|---|"]
+    for path in sorted(RESULTS.glob("*.json")):
+        document = json.loads(path.read_text())
+        for item in document["rows"]:
+            sign = "≥" if item["better"] == "higher" else "≤"
+            holds = "yes" if item["holds"] else "**no**"
+            value = f"{item['value']:g} {item['unit']}".strip()
+            bar = f"{sign} {item['bar']:g} {item['unit']}".strip()
+            lines.append(f"| {item['name']} | {value} | {bar} | {holds} | `{document['command']}` |")
+    return "\n".join(lines) + "\n"
+
+
+def _cpu() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+if __name__ == "__main__":
+    README.write_text(MARK.sub(lambda match: match[1] + table() + match[2], README.read_text()))
