@@ -13,9 +13,15 @@ from typing import Protocol
 
 import msgspec
 
+MAX_PAYLOAD_BYTES = 1_000_000  # just under Kafka's default message.max.bytes
+
 
 class LogUnavailable(ConnectionError):
     """The event log does not answer; nothing was acknowledged. Check the broker's address and health."""
+
+
+class EntryTooLarge(ValueError):
+    """The payload is larger than the log takes (MAX_PAYLOAD_BYTES): it can never be appended."""
 
 
 class PositionLost(RuntimeError):
@@ -45,7 +51,7 @@ class EventLog(Protocol):
     """Append and read; safe to share between threads for append, one reader per thread."""
 
     def append(self, topic: str, key: str, payload: bytes) -> Future[Position]:
-        """Queue one entry; the future resolves once it is durable, or raises LogUnavailable."""
+        """Queue one entry; the future resolves once it is durable, or raises LogUnavailable or EntryTooLarge."""
         ...
 
     def reader(self, topics: Sequence[str], start: Offsets) -> Reader:

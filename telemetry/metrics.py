@@ -39,6 +39,7 @@ SAFETY_VIOLATIONS = Counter(
     "tiebreak_safety_violations_total", "Completions that the output filter stopped", ["variant", "version"]
 )
 REJECTED = Counter("tiebreak_requests_rejected_total", "Requests refused at admission", ["reason"])
+EVENTS_LOST = Counter("tiebreak_events_lost_total", "Unacknowledged events that neither log nor outbox took", ["topic"])
 
 # serving (per replica, and the fleet's control loop)
 TOKENS = Counter("tiebreak_generated_tokens_total", "Tokens generated", ["base", "version"])
@@ -76,7 +77,13 @@ RETRAIN_SECONDS = Histogram(
     "tiebreak_retrain_latency_seconds", "Oldest new verdict of a version to that version live", ["variant"],
     buckets=LOOP_BUCKETS,
 )  # fmt: skip
+DUELS = Counter(
+    "tiebreak_duels_total",
+    "Verdicts that set a version against a yardstick: stable or base of its variant, or another variant",
+    ["variant", "version", "opponent", "outcome"],
+)
 LAST_RELEASE = Gauge("tiebreak_last_stable_timestamp_seconds", "When stable last changed", ["variant"])
+LAST_VERSION = Gauge("tiebreak_last_version_timestamp_seconds", "When a version was last published", ["variant"])
 
 
 def expose(port: int) -> int:

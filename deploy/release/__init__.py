@@ -1,1 +1,4 @@
-"""The release controller: a published version goes through gate, shadow and canary to stable, or back."""
+"""The release controller: published version → offline gate → shadow → canary → stable, or back.
+
+``machine`` and ``guards`` decide and are pure; ``store``, ``probes`` and ``controller`` read and write.
+"""

@@ -1,0 +1,66 @@
+# The whole interface. Every target sets itself up in .venv first, and again only when the lock or the packages change.
+#
+#   make up      start everything on this machine and open http://127.0.0.1:8000
+#   make demo    the whole circle with simulated users, in under eight minutes
+#   make test    unit, contract, integration (a real Kafka, Redis, Prometheus), end to end
+#   make check   format, lint, strict types, import directions
+#   make bench   every figure of the README, measured here
+
+.PHONY: help setup up test demo check bench bench-% lock clean
+.DEFAULT_GOAL := help
+
+PYTHON := .venv/bin/python
+READY := .venv/.ready-$(shell cat requirements.lock pyproject.toml | cksum | cut -d ' ' -f 1)
+CONFIG ?= deploy/local.toml
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+setup: $(READY)
+
+# uv is taken where it is, else pip puts it into a folder of its own. The lock names every package with its
+# hashes, so nothing is resolved here.
+$(READY):
+	@uv=$$(command -v uv || true); \
+	if [ -z "$$uv" ] || ! "$$uv" --version >/dev/null 2>&1; then \
+	  uv=.cache/uv/bin/uv; \
+	  [ -x $$uv ] || { python3 -m venv .cache/uv && .cache/uv/bin/pip install -q uv; } || { \
+	    echo "make: uv is not here and cannot be installed: install uv, or python3-venv for pip to do it" >&2; exit 1; }; \
+	fi; \
+	[ -x $(PYTHON) ] || "$$uv" venv -q --python '>=3.11,<3.13' .venv; \
+	"$$uv" pip install -q --no-deps --python $(PYTHON) -r requirements.lock && \
+	"$$uv" pip install -q --no-deps --no-build-isolation --python $(PYTHON) -e . && \
+	rm -f .venv/.ready-* && touch $@
+
+up: setup
+	@exec .venv/bin/tiebreak up --config $(CONFIG)
+
+demo: setup
+	@exec .venv/bin/tiebreak demo
+
+test: setup
+	@exec $(PYTHON) -m tests.tiers
+
+check: setup
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+	$(PYTHON) -m pytest -q tests/unit/test_architecture.py
+
+bench: setup
+	@set -e; for bench in tests/bench/bench_*.py; do \
+	  name=$${bench##*/}; $(PYTHON) -m tests.bench.$${name%.py}; done
+	$(PYTHON) -m tests.bench.record
+
+bench-%: setup
+	$(PYTHON) -m tests.bench.bench_$*
+
+# Pin everything anew. No registry host gets into the lock.
+lock: setup
+	@uv=$$(command -v uv || echo .cache/uv/bin/uv); \
+	"$$uv" pip compile pyproject.toml --group dev --universal --python-version 3.11 --generate-hashes --upgrade \
+	  --no-emit-index-url --no-emit-find-links --no-header -q -o requirements.lock
+
+# State, models and what other projects share are left alone: `tiebreak doctor` says where they are.
+clean:
+	rm -rf .venv .cache .mypy_cache .pytest_cache .ruff_cache build out *.egg-info

@@ -1,0 +1,233 @@
+"""The ``tiebreak`` command: arguments in, an exit status out. What each command does is in the module it calls."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+from deploy import config
+from telemetry.configuration import InvalidConfiguration
+
+OVERVIEW = """\
+Your users break the tie; your model learns from it within seconds.
+
+  tiebreak up                          start everything here, then open http://127.0.0.1:8000
+  tiebreak status                      processes, channels, counts and lag
+  tiebreak simulate --persona NAME     simulated users click, then compare the result with the base
+  tiebreak releases list               what is stable, what is on trial, what happened and why
+  tiebreak export --out pairs.jsonl    every verdict as a row that TRL trains on
+  tiebreak doctor                      is this machine fit, and if not, the mend
+"""
+EPILOG = """\
+environment:
+  TIEBREAK_STATE            folder of everything a deployment writes (default ~/.local/share/tiebreak)
+  TIEBREAK_PORT             the router's port (default 8000)
+  TIEBREAK_KEY              API key, where the router asks for one
+  TIEBREAK_<TABLE>_<FIELD>  any field of the configuration, e.g. TIEBREAK_ROUTER_PAIR_RATIO=0.5
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; 0 when it did what it says."""
+    options = parser().parse_args(arguments)
+    run: Callable[[argparse.Namespace], int] = options.run
+    try:
+        return run(options)
+    except InvalidConfiguration as error:
+        print(f"tiebreak: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def parser() -> argparse.ArgumentParser:
+    """Every command with its options."""
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument(
+        "--config", type=Path, default=config.DEFAULT, metavar="FILE",
+        help="the deployment's TOML (default: the embedded one, no broker, no GPU)",
+    )  # fmt: skip
+    shared.add_argument("--state", default="", metavar="DIR", help="folder of its state; wins over TIEBREAK_STATE")
+    top = argparse.ArgumentParser(
+        prog="tiebreak", description=OVERVIEW, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def command(
+        name: str,
+        run: Callable[[argparse.Namespace], int],
+        text: str,
+        parents: tuple[argparse.ArgumentParser, ...] = (shared,),
+    ) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, parents=parents, help=text, description=_sentence(text))
+        added.set_defaults(run=run)
+        return added
+
+    up = command("up", _up, "start the stack in the foreground; Ctrl-C stops all of it and nothing else")
+    up.add_argument("--port", type=int, help="the router's port; wins over TIEBREAK_PORT")
+    status = command("status", _status, "show processes, channels, counts and lag; exit 1 unless all is ready")
+    status.add_argument("--json", action="store_true", help="one JSON document instead of tables")
+    _add_simulate(command("simulate", _simulate, "let simulated users click over HTTP, then compare stable with base"))
+    _add_releases(command("releases", _releases, "list releases, or order a promotion or a rollback", ()), shared)
+    export = command("export", _export, "write the verdicts as TRL's conversational preference rows (JSON lines)")
+    export.add_argument("--out", required=True, metavar="FILE", help="the file to write, - for standard output")
+    doctor = command(
+        "doctor", _doctor, "check this machine, with a mend for every failure; exit 1 if a stack cannot start"
+    )
+    doctor.add_argument("--port", type=int, help="the router's port; wins over TIEBREAK_PORT")
+    demo = command("demo", _demo, "show the whole circle with simulated users on a state of its own, then a rollback")
+    demo.add_argument(
+        "--out", type=Path, default=Path("out/demo.png"), metavar="FILE", help="the learning curve's picture"
+    )
+    return top
+
+
+def _add_simulate(simulate: argparse.ArgumentParser) -> None:
+    simulate.add_argument("--persona", default="", metavar="NAME", help="whose taste; without it the names are listed")
+    simulate.add_argument("--clicks", type=int, default=40, metavar="N", help="verdicts to give (default 40)")
+    simulate.add_argument("--concurrency", type=int, default=4, metavar="K", help="users at once (default 4)")
+    simulate.add_argument("--seed", type=int, default=0, help="order of prompts and doubts of the persona")
+    simulate.add_argument("--url", default="", help="the gateway (default: this deployment's)")
+
+
+def _sentence(text: str) -> str:
+    return text[0].upper() + text[1:] + "."
+
+
+def _add_releases(releases: argparse.ArgumentParser, shared: argparse.ArgumentParser) -> None:
+    actions = releases.add_subparsers(title="actions", metavar="ACTION", required=True, dest="action")
+    text = "show the channels of every variant, and the latest changes with their reasons"
+    actions.add_parser("list", parents=[shared], help=text, description=_sentence(text))
+    for name, text in (
+        ("promote", "queue a version for release; the guards still decide, unless --force"),
+        ("rollback", "take a version out: stable goes back to the one before it, at once"),
+    ):
+        action = actions.add_parser(name, parents=[shared], help=text, description=_sentence(text))
+        action.add_argument("version", help="e.g. v000012-1a2b3c4d")
+        action.add_argument("--force", action="store_true", help="go past the guards; they keep watching afterwards")
+        action.add_argument("--reason", default="", help="kept in the history")
+
+
+def _up(options: argparse.Namespace) -> int:
+    from deploy.launch import up
+
+    return up(options.config, state=options.state, port=options.port)
+
+
+def _status(options: argparse.Namespace) -> int:
+    from deploy.status import overview, read_status
+    from deploy.view import show_status
+
+    deployment = config.load(options.config, state=options.state)
+    stack = read_status(deployment.state)
+    if stack is None:
+        print(f"tiebreak: no stack ever ran on {deployment.state}; `tiebreak up` starts one", file=sys.stderr)
+        return 1
+    found = overview(stack, key=_key())
+    if options.json:
+        print(msgspec.json.format(msgspec.json.encode(found)).decode())
+    else:
+        show_status(found, Console())
+    return 0 if stack.state == "ready" else 1
+
+
+def _simulate(options: argparse.Namespace) -> int:
+    from deploy.api import ApiError
+    from deploy.personas import PERSONAS
+    from deploy.simulate import simulate
+
+    if options.persona not in PERSONAS:
+        unknown = f"no persona {options.persona!r}; " if options.persona else ""
+        print(f"tiebreak: {unknown}choose one with --persona: {', '.join(sorted(PERSONAS))}", file=sys.stderr)
+        return 2
+    try:
+        return asyncio.run(
+            simulate(
+                options.url or _url(options),
+                options.persona,
+                options.clicks,
+                users=options.concurrency,
+                seed=options.seed,
+                key=_key(),
+            )
+        )
+    except ApiError as error:
+        return _say_unreachable(error)
+
+
+def _releases(options: argparse.Namespace) -> int:
+    from deploy.api import Api, ApiError
+    from deploy.simulate import session
+    from deploy.view import show_releases
+
+    async def act() -> None:
+        async with session() as http:
+            api = Api(http, _url(options), key=_key())
+            if options.action == "list":
+                show_releases(await api.releases(), Console())
+                return
+            await api.order(options.action, options.version, force=options.force, reason=options.reason)
+            print(f"{options.action} of {options.version} is ordered; `tiebreak releases list` shows what became of it")
+
+    try:
+        asyncio.run(act())
+    except ApiError as error:
+        return _say_unreachable(error)
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from deploy.export import export
+
+    count = export(config.load(options.config, state=options.state).state, options.out)
+    print(f"{count} preferences", file=sys.stderr)
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from deploy.doctor import examine
+
+    table = Table(box=None, show_header=False)
+    findings = list(examine(options.config, state=options.state, port=options.port))
+    colours = {"ok": "green", "warn": "yellow", "fail": "red"}
+    for finding in findings:
+        mend = f"\n→ {finding.mend}" if finding.mend else ""
+        table.add_row(f"[{colours[finding.verdict]}]{finding.verdict}[/]", finding.name, finding.detail + mend)
+    Console().print(table)
+    return 1 if any(finding.verdict == "fail" for finding in findings) else 0
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from deploy.demo import demo
+
+    return demo(options.config, options.out)
+
+
+def _url(options: argparse.Namespace) -> str:
+    """Where this deployment's router listens: what its launcher said, else what the configuration says."""
+    from deploy.status import read_status
+
+    deployment = config.load(options.config, state=options.state)
+    running = read_status(deployment.state)
+    return running.url if running is not None else deployment.stack.url
+
+
+def _key() -> str:
+    return os.environ.get("TIEBREAK_KEY", "")
+
+
+def _say_unreachable(error: Exception) -> int:
+    print(f"tiebreak: {error}", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

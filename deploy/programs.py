@@ -1,0 +1,92 @@
+"""What the local stack consists of: a private Redis and five processes of ours, as the supervisor starts them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import redis
+
+from deploy import machine
+from deploy.config import Deployment, socket_path
+from deploy.status import read_ready
+from deploy.supervisor import Program
+from telemetry.config import redis_client
+
+MODULES = {
+    "serving": "serving",
+    "router": "router",
+    "recorder": "telemetry.recorder",
+    "release": "deploy.release",
+    "trainer": "online_trainer",
+}
+
+
+def programs(deployment: Deployment) -> list[Program]:
+    """What the stack consists of, in the order of its start."""
+    found = [redis_of(deployment)] if deployment.owns_redis else []
+    stack = deployment.stack
+    threads = {"serving": stack.serving_threads, "trainer": stack.trainer_threads}
+    for name, module in MODULES.items():
+        ready = deployment.run_folder / f"{name}.ready"
+        found.append(
+            Program(
+                name,
+                (sys.executable, "-m", module, "--config", str(deployment.config_path)),
+                is_ready=lambda pid, ready=ready: _announced(ready, pid),  # type: ignore[misc]
+                environ=_environ(threads.get(name, 1)),
+                nice=stack.trainer_nice if name == "trainer" else 0,
+                before_start=lambda ready=ready: ready.unlink(missing_ok=True),  # type: ignore[misc]
+            )
+        )
+    return found
+
+
+def _environ(threads: int) -> dict[str, str]:
+    """What every process of ours needs said: where the code is, how many threads, no surprises."""
+    root = str(Path(__file__).resolve().parent.parent)
+    count = str(min(threads, machine.cores()))
+    return {
+        "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH")))),
+        "PYTHONUNBUFFERED": "1",
+        "OMP_NUM_THREADS": count,
+        "MKL_NUM_THREADS": count,
+        "TOKENIZERS_PARALLELISM": "false",
+        "TQDM_DISABLE": "1",
+    }
+
+
+def redis_of(deployment: Deployment) -> Program:
+    """The private Redis: a socket, no port, every write on disk before it is acknowledged."""
+    socket, data = socket_path(deployment.state), deployment.state / "redis"
+
+    def prepare() -> None:
+        data.mkdir(parents=True, exist_ok=True)
+        socket.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        socket.unlink(missing_ok=True)
+
+    options = {
+        "port": "0", "unixsocket": str(socket), "unixsocketperm": "700", "dir": str(data), "save": "",
+        "appendonly": "yes", "appendfsync": "always", "aof-load-truncated": "yes", "maxmemory-policy": "noeviction",
+    }  # fmt: skip
+    words = [word for name, value in options.items() for word in (f"--{name}", value)]
+    return Program(
+        "redis",
+        (machine.redis_program() or "redis-server", *words),
+        is_ready=lambda _: _answers(deployment),
+        before_start=prepare,
+    )
+
+
+def _answers(deployment: Deployment) -> bool:
+    try:
+        with redis_client(deployment.telemetry, timeout_s=0.2) as client:
+            return bool(client.ping())
+    except redis.RedisError:
+        return False
+
+
+def _announced(path: Path, pid: int) -> bool:
+    info = read_ready(path)
+    return info is not None and info.get("pid") == pid

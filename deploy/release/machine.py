@@ -1,0 +1,218 @@
+"""The pure state machine of one variant: (state, input, world) → (state, changes). No clock, no I/O.
+
+``advance`` takes one input and then lets everything move that may: probation ends or falls back, the trial
+moves on, the waiting version gets its turn. ``stable`` only ever becomes a version that every replica held
+at that moment, a predecessor that was stable, or the base.
+"""
+
+from __future__ import annotations
+
+from msgspec.structs import replace
+
+from deploy.release import moves
+from deploy.release.commands import obey
+from deploy.release.config import ReleaseConfig, VariantConfig
+from deploy.release.evidence import remember
+from deploy.release.guards import Decision, Score, judge_canary, judge_probes, judge_watch, offline_gate
+from deploy.release.moves import Moved
+from deploy.release.state import (
+    Candidate,
+    Commanded,
+    Input,
+    Judged,
+    Probed,
+    Published,
+    Served,
+    Stepped,
+    Trial,
+    VariantState,
+    World,
+)
+from telemetry.routing import VariantRoute
+
+TRACES = 64  # traces told about one version
+
+
+def initial(variant: VariantConfig, base_version: str) -> VariantState:
+    """A variant at its first start: the base answers."""
+    route = VariantRoute(
+        variant=variant.variant,
+        base=variant.base,
+        base_version=base_version,
+        stable=base_version,
+        previous=base_version,
+        temperature=variant.temperature,
+        top_p=variant.top_p,
+    )
+    return VariantState(route=route)
+
+
+def advance(state: VariantState, event: Input, world: World, limits: ReleaseConfig) -> Moved:
+    """``state`` after ``event``, and the changes to announce, in order."""
+    state, changes = _take(state, event, world, limits)
+    for settle in (_settle_watch, _settle_trial, _settle_waiting):
+        state, further = settle(state, world, limits)
+        changes += further
+    return state, changes
+
+
+def due_probe(state: VariantState, world: World, limits: ReleaseConfig) -> str:
+    """The version whose answers to the probe prompts are wanted now; empty when none."""
+    route, trial, watch = state.route, state.trial, state.watch
+    ready = world.ready or frozenset()
+    if not state.base_probe and route.base_version in ready:
+        return route.base_version
+    if trial and trial.phase == "shadow" and not trial.is_forced and trial.candidate.version in ready:
+        return trial.candidate.version
+    if watch and watch.probes_left and route.stable in ready:
+        is_due = world.now_s >= watch.probed_at_s + limits.watch.probe_interval_s
+        return route.stable if is_due else ""
+    return ""
+
+
+def total(trial: Trial) -> Score:
+    """All users' verdicts on the trial together."""
+    scores = trial.verdicts.values()
+    return Score(sum(score.wins for score in scores), sum(score.verdicts for score in scores))
+
+
+def _take(state: VariantState, event: Input, world: World, limits: ReleaseConfig) -> Moved:
+    match event:
+        case Published(candidate):
+            return _publish(state, candidate, limits)
+        case Stepped(traces):
+            return replace(state, untold=(*state.untold, *traces)[-TRACES:]), ()
+        case Served():
+            return _serve(state, event), ()
+        case Judged():
+            return _judge(state, event, limits), ()
+        case Probed():
+            return _probe(state, event, world, limits)
+        case Commanded():
+            return obey(state, event, world)
+        case _:
+            return state, ()
+
+
+def _publish(state: VariantState, candidate: Candidate, limits: ReleaseConfig) -> Moved:
+    """The offline gate. A version that is known already was decided on before."""
+    if candidate.version in state.known or candidate.version == state.route.base_version:
+        return state, ()
+    candidate = replace(candidate, traces=state.untold)
+    state = moves.learn(state, candidate)
+    if bad := moves.bad_ancestor(state, candidate):
+        return moves.reject(state, candidate.version, Decision("fail", f"descends from {bad}"))
+    decision = offline_gate(candidate.metrics, limits.gate)
+    if decision.action != "pass":
+        return moves.reject(state, candidate.version, decision)
+    gated = moves.change(state, candidate.version, "gated", decision.reason, evidence=decision.evidence)
+    return moves.wait(state, candidate, (gated,))
+
+
+def _serve(state: VariantState, event: Served) -> VariantState:
+    """Evidence counts from the moment at which a version got the role it is judged in."""
+    trial, watch = state.trial, state.watch
+    if event.version == state.route.stable and (watch is None or event.seen.at_s >= watch.since_s):
+        return replace(state, window=remember(state.window, event.seen))
+    if trial and _was_canary(trial, event.version, event.seen.at_s):
+        return replace(state, trial=replace(trial, window=remember(trial.window, event.seen)))
+    return state
+
+
+def _judge(state: VariantState, event: Judged, limits: ReleaseConfig) -> VariantState:
+    trial = state.trial
+    if trial is None or {event.winner, event.loser} != {trial.candidate.version, state.route.stable}:
+        return state
+    score = trial.verdicts.get(event.user, Score())
+    is_late = not _was_canary(trial, trial.candidate.version, event.shown_at_s)
+    if is_late or score.verdicts >= limits.canary.max_verdicts_per_user:
+        return state
+    won = 0.5 if event.is_tie else float(event.winner == trial.candidate.version)
+    verdicts = trial.verdicts | {event.user: Score(score.wins + won, score.verdicts + 1)}
+    return replace(state, trial=replace(trial, verdicts=verdicts))
+
+
+def _probe(state: VariantState, event: Probed, world: World, limits: ReleaseConfig) -> Moved:
+    """The base's answers become the yardstick; a shadow passes by them, a forced stable is checked by them."""
+    route, trial, watch = state.route, state.trial, state.watch
+    if event.version == route.base_version and not state.base_probe:
+        state = replace(state, base_probe=event.window)
+    decision = judge_probes(event.window, state.base_probe, limits.text)
+    is_shadow = trial is not None and trial.phase == "shadow" and trial.candidate.version == event.version
+    if trial and is_shadow and state.base_probe and _is_ready(world, event.version):
+        if decision.action == "fail":
+            return moves.end_trial(state, decision)
+        return moves.show(state, trial, decision, world, limits) if decision.action == "pass" else (state, ())
+    if watch and watch.probes_left and event.version == route.stable:
+        if decision.action == "fail":
+            return moves.roll_back(state, decision)
+        watch = replace(watch, probes_left=watch.probes_left - 1, probed_at_s=world.now_s)
+        return replace(state, watch=watch), ()
+    return state, ()
+
+
+def _settle_watch(state: VariantState, world: World, limits: ReleaseConfig) -> Moved:
+    watch = state.watch
+    if watch is None:
+        return state, ()
+    age_s = world.now_s - watch.since_s
+    decision = judge_watch(state.window, watch.baseline, age_s, limits.text, limits.watch)
+    if decision.action == "fail" and state.route.stable != state.route.previous:
+        return moves.roll_back(state, decision)
+    return (replace(state, watch=None) if decision.action == "pass" else state), ()
+
+
+def _settle_trial(state: VariantState, world: World, limits: ReleaseConfig) -> Moved:
+    if state.trial is None:
+        return state, ()
+    settle = _settle_shadow if state.trial.phase == "shadow" else _settle_canary
+    return settle(state, state.trial, world, limits)
+
+
+def _settle_shadow(state: VariantState, trial: Trial, world: World, limits: ReleaseConfig) -> Moved:
+    """Load everywhere, then be probed. Time without replicas is nobody's fault and does not count."""
+    now_s, shadow = world.now_s, limits.shadow
+    if world.ready is None:
+        return replace(state, trial=replace(trial, since_s=now_s, ready_since_s=None)), ()
+    if trial.candidate.version not in world.ready:
+        if now_s - trial.since_s > shadow.load_timeout_s:
+            reason = f"shadow: not ready on every replica within {shadow.load_timeout_s:.0f} s"
+            return moves.end_trial(state, Decision("fail", reason))
+        return replace(state, trial=replace(trial, ready_since_s=None)), ()
+    if trial.is_forced:
+        return moves.promote(state, trial, Decision("pass", f"forced: {trial.reason}"), world, limits)
+    since_s = now_s if trial.ready_since_s is None else trial.ready_since_s
+    if now_s - since_s > shadow.probe_timeout_s:
+        reason = f"shadow: probes were not answered within {shadow.probe_timeout_s:.0f} s"
+        return moves.end_trial(state, Decision("fail", reason))
+    return replace(state, trial=replace(trial, ready_since_s=since_s)), ()
+
+
+def _settle_canary(state: VariantState, trial: Trial, world: World, limits: ReleaseConfig) -> Moved:
+    version, age_s, canary = trial.candidate.version, world.now_s - trial.since_s, limits.canary
+    decision = judge_canary(trial.window, state.window, total(trial), trial.candidate.metrics, limits)
+    if decision.action == "fail":
+        return moves.end_trial(state, decision)
+    if decision.action == "pass" and _is_ready(world, version):
+        return moves.promote(state, trial, decision, world, limits)
+    if state.waiting and age_s >= canary.hold_s:
+        why = f"{state.waiting.version} is newer; {decision.reason}"
+    elif age_s >= canary.max_s:
+        why = f"no proof within {canary.max_s:.0f} s, its traffic goes back to stable; {decision.reason}"
+    else:
+        return state, ()
+    return moves.supersede_trial(state, Decision("wait", why, decision.evidence))
+
+
+def _settle_waiting(state: VariantState, world: World, _: ReleaseConfig) -> Moved:
+    if state.trial or state.waiting is None:
+        return state, ()
+    return moves.start(state, state.waiting, world)
+
+
+def _was_canary(trial: Trial, version: str, at_s: float) -> bool:
+    return trial.phase == "canary" and trial.candidate.version == version and at_s >= trial.since_s
+
+
+def _is_ready(world: World, version: str) -> bool:
+    return world.ready is not None and version in world.ready

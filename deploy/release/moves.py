@@ -1,0 +1,185 @@
+"""The moves a version can make: each takes a variant's state and returns the next, with the changes to announce.
+
+Pure, and the only place where a route is changed. ``machine`` decides when, ``commands`` lets an operator decide.
+"""
+
+from __future__ import annotations
+
+from msgspec.structs import replace
+
+from deploy.release.config import ReleaseConfig
+from deploy.release.guards import Decision
+from deploy.release.state import Candidate, Change, ChangeState, Commanded, Trial, VariantState, Watch, World
+
+KNOWN = 64  # published versions remembered per variant
+Moved = tuple[VariantState, tuple[Change, ...]]
+
+
+def learn(state: VariantState, candidate: Candidate) -> VariantState:
+    """Remember a published version and the verdicts that only it has learned so far."""
+    known = state.known | {candidate.version: candidate}
+    route = state.route
+    in_use = {route.stable, route.previous, route.canary, route.shadow}
+    surplus = [version for version in known if version not in in_use][: max(0, len(known) - KNOWN)]
+    return replace(state, known={name: item for name, item in known.items() if name not in surplus}, untold=())
+
+
+def wait(state: VariantState, candidate: Candidate, changes: tuple[Change, ...] = ()) -> Moved:
+    """The newest version waits for its turn; the one that waited before is superseded."""
+    if state.waiting and state.waiting.version != candidate.version:
+        changes += (change(state, state.waiting.version, "superseded", f"{candidate.version} is newer"),)
+    return replace(state, waiting=candidate), changes
+
+
+def start(state: VariantState, candidate: Candidate, world: World, command: Commanded | None = None) -> Moved:
+    """Load a version on every replica, out of users' sight."""
+    trial = Trial(candidate=candidate, since_s=world.now_s)
+    reason = "loading on every replica"
+    if command:
+        trial = replace(trial, is_forced=command.force, actor=command.actor, reason=command.reason)
+        reason = f"{command.command}: {command.reason}"
+    waiting = None if state.waiting and state.waiting.version == candidate.version else state.waiting
+    route = replace(state.route, shadow=candidate.version, canary="", canary_ratio=0.0)
+    state = replace(state, route=route, trial=trial, waiting=waiting)
+    return state, (change(state, candidate.version, "shadow", reason, actor=trial.actor),)
+
+
+def show(state: VariantState, trial: Trial, decision: Decision, world: World, limits: ReleaseConfig) -> Moved:
+    """From shadow to canary: a share of users gets the version's answers."""
+    version = trial.candidate.version
+    route = replace(state.route, shadow="", canary=version, canary_ratio=limits.canary.ratio)
+    trial = replace(trial, phase="canary", since_s=world.now_s, window=(), verdicts={})
+    return _live(replace(state, route=route, trial=trial), version, "canary", decision)
+
+
+def promote(state: VariantState, trial: Trial, decision: Decision, world: World, limits: ReleaseConfig) -> Moved:
+    """The trial becomes stable, on probation; what was proven before stays loaded behind it."""
+    route, version = state.route, trial.candidate.version
+    is_fit = _is_fit_to_fall_back_on(state, limits) or (trial.is_forced and not _is_forced(state))
+    fallback = route.stable if is_fit else route.previous
+    previous = fallback if fallback != version else route.base_version
+    watch = Watch(
+        since_s=world.now_s,
+        baseline=state.window if is_fit or state.watch is None else state.watch.baseline,
+        answers_before=len(trial.window),
+        is_forced=trial.is_forced,
+        probes_left=limits.watch.forced_probes if trial.is_forced else 0,
+    )
+    route = replace(route, stable=version, previous=previous, canary="", canary_ratio=0.0, shadow="")
+    state = replace(state, route=route, trial=None, watch=watch, window=())
+    return _live(state, version, "stable", decision, actor=trial.actor)
+
+
+def roll_back(state: VariantState, decision: Decision, actor: str = "controller") -> Moved:
+    """Stable falls back to its proven predecessor; whatever descends from it goes with it."""
+    route, fallen = state.route, state.route.stable
+    route = replace(route, stable=route.previous, previous=route.base_version)
+    state = mark_bad(replace(state, route=route, watch=None, window=()), fallen)
+    changes = (change(state, fallen, "rolled_back", decision.reason, actor=actor, evidence=decision.evidence),)
+    state, further = _drop_descendants(state)
+    return state, changes + further
+
+
+def end_trial(state: VariantState, decision: Decision, actor: str = "controller") -> Moved:
+    """The trial has failed: rolled back if users saw it, else rejected; descendants that wait go with it."""
+    assert state.trial is not None, "only a trial can be ended"
+    version = state.trial.candidate.version
+    name: ChangeState = "rolled_back" if state.trial.phase == "canary" else "rejected"
+    state = mark_bad(without_trial(state), version)
+    ended = change(state, version, name, decision.reason, actor=actor, evidence=decision.evidence)
+    state, further = _drop_descendants(state)
+    return state, (ended, *further)
+
+
+def supersede_trial(state: VariantState, decision: Decision, actor: str = "controller") -> Moved:
+    """The trial makes room; nothing is held against it."""
+    assert state.trial is not None, "only a trial can be superseded"
+    version = state.trial.candidate.version
+    state = without_trial(state)
+    reason, evidence = decision.reason, decision.evidence
+    return state, (change(state, version, "superseded", reason, actor=actor, evidence=evidence),)
+
+
+def reject(state: VariantState, version: str, decision: Decision, actor: str = "controller") -> Moved:
+    """A version that is not on trial never will be, unless an operator forces it."""
+    state = mark_bad(state, version)
+    evidence = decision.evidence
+    return state, (change(state, version, "rejected", decision.reason, actor=actor, evidence=evidence),)
+
+
+def without_trial(state: VariantState) -> VariantState:
+    return replace(state, trial=None, route=replace(state.route, shadow="", canary="", canary_ratio=0.0))
+
+
+def mark_bad(state: VariantState, version: str) -> VariantState:
+    return replace(state, bad=(*(name for name in state.bad if name != version), version)[-KNOWN:])
+
+
+def bad_ancestor(state: VariantState, candidate: Candidate) -> str:
+    """The nearest rejected or rolled back version that ``candidate`` was trained from; empty when none."""
+    for ancestor in _lineage(state, candidate)[1:]:
+        if ancestor in state.bad:
+            return ancestor
+    return ""
+
+
+def change(
+    state: VariantState,
+    version: str,
+    name: ChangeState,
+    reason: str,
+    *,
+    actor: str = "controller",
+    evidence: dict[str, float] | None = None,
+) -> Change:
+    """What to announce; ``stable`` as it is after the move."""
+    return Change(version=version, state=name, stable=state.route.stable, reason=reason, actor=actor,
+                  evidence=evidence or {})  # fmt: skip
+
+
+def _live(state: VariantState, version: str, name: ChangeState, decision: Decision, actor: str = "controller") -> Moved:
+    """Announce a version that users meet, once with all that it and its ancestors learned and nobody was told."""
+    lineage = _lineage(state, state.known.get(version, Candidate(version=version)))
+    family = [state.known[ancestor] for ancestor in lineage if ancestor in state.known]
+    oldest = [item.oldest_verdict_at_s for item in family if item.oldest_verdict_at_s is not None]
+    announced = replace(
+        change(state, version, name, decision.reason, actor=actor, evidence=decision.evidence),
+        traces=tuple(trace for item in family for trace in item.traces),
+        learned_since_s=min(oldest, default=None),
+    )
+    told = {item.version: replace(item, traces=(), oldest_verdict_at_s=None) for item in family}
+    return replace(state, known=state.known | told), (announced,)
+
+
+def _is_fit_to_fall_back_on(state: VariantState, limits: ReleaseConfig) -> bool:
+    """Stable is past its probation, or came through the guards and has answered often without an objection."""
+    if state.watch is None:
+        return True
+    answers = state.watch.answers_before + len(state.window)
+    return not state.watch.is_forced and answers >= limits.watch.min_completions
+
+
+def _is_forced(state: VariantState) -> bool:
+    return state.watch is not None and state.watch.is_forced
+
+
+def _drop_descendants(state: VariantState) -> Moved:
+    changes: tuple[Change, ...] = ()
+    trial, waiting = state.trial, state.waiting
+    if trial and not trial.is_forced and (bad := bad_ancestor(state, trial.candidate)):
+        state, further = end_trial(state, Decision("fail", f"descends from {bad}"))
+        changes += further
+    elif waiting and (bad := bad_ancestor(state, waiting)):
+        decision = Decision("fail", f"descends from {bad}")
+        state, further = reject(replace(state, waiting=None), waiting.version, decision)
+        changes += further
+    return state, changes
+
+
+def _lineage(state: VariantState, candidate: Candidate) -> list[str]:
+    """The version and its known ancestors, nearest first."""
+    names, parent = [candidate.version], candidate.parent
+    while parent and parent not in names:
+        names.append(parent)
+        parent = state.known[parent].parent if parent in state.known else ""
+    return names

@@ -1,0 +1,108 @@
+"""Verdicts as tokens, and tokens as rows: prompt, chosen and rejected in one row, the prompt computed once.
+
+A row is ``prompt chosen rejected``; a mask keeps rejected from seeing chosen, and its positions start again
+after the prompt, so that both see exactly what they saw when served (prefix sharing, arXiv 2410.20305).
+Only positions that predict a completion's tokens get logits. B pairs, T tokens, M predicted tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from telemetry.events import Completion, Message
+
+
+class Tokenizer(Protocol):
+    """What is needed of a transformers tokenizer."""
+
+    eos_token_id: int | None
+
+    def apply_chat_template(self, conversation: list[dict[str, str]], **options: Any) -> Any: ...
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
+
+
+class PairTokens(NamedTuple):
+    """One pair as token ids."""
+
+    prompt: tuple[int, ...]
+    chosen: tuple[int, ...]
+    rejected: tuple[int, ...]
+
+    @property
+    def total(self) -> int:
+        """Length of the pair's row."""
+        return len(self.prompt) + len(self.chosen) + len(self.rejected)
+
+
+class Rows(NamedTuple):
+    """A padded batch of pairs. Rows 0…B−1 of ``side_M`` are chosen sides, B…2B−1 rejected ones."""
+
+    tokens_BT: Tensor
+    positions_BT: Tensor
+    mask_B1TT: Tensor  # True where a query may look
+    source_M: Tensor  # flat index into B·T of the position that predicts
+    target_M: Tensor  # the token that it should predict
+    side_M: Tensor
+    pairs: int
+
+    def to(self, device: torch.device) -> Rows:
+        """The same rows on ``device``."""
+        return Rows(*(field.to(device) for field in self[:-1]), self.pairs)
+
+
+def prompt_tokens(tokenizer: Tokenizer, prompt: Sequence[Message], limit: int) -> tuple[int, ...]:
+    """The chat template over ``prompt`` up to where the answer begins; the last ``limit`` tokens of it."""
+    conversation = [{"role": message.role, "content": message.content} for message in prompt]
+    ids = tokenizer.apply_chat_template(
+        conversation, add_generation_prompt=True, tokenize=True, return_dict=False
+    )
+    return tuple(ids[-limit:])
+
+
+def completion_tokens(tokenizer: Tokenizer, completion: Completion, limit: int) -> tuple[int, ...]:
+    """The answer's tokens; with the end token if it ended by itself, so that length can be learned."""
+    ids = tokenizer.encode(completion.text, add_special_tokens=False)
+    if completion.finish_reason == "stop" and tokenizer.eos_token_id is not None:
+        ids = [*ids, tokenizer.eos_token_id]
+    return tuple(ids[:limit])
+
+
+def pack(pairs: Sequence[PairTokens]) -> Rows:
+    """``pairs`` as one padded batch of shared-prompt rows."""
+    length = max(pair.total for pair in pairs)
+    tokens_BT = torch.zeros(len(pairs), length, dtype=torch.long)
+    positions_BT = torch.zeros(len(pairs), length, dtype=torch.long)
+    mask_BTT = torch.ones(length, length, dtype=torch.bool).tril().repeat(len(pairs), 1, 1)
+    predictions: list[tuple[Tensor, Tensor, Tensor]] = []
+    for row, pair in enumerate(pairs):
+        start, second = len(pair.prompt), len(pair.prompt) + len(pair.chosen)
+        tokens_BT[row, : pair.total] = torch.tensor(pair.prompt + pair.chosen + pair.rejected)
+        positions_BT[row, :second] = torch.arange(second)
+        positions_BT[row, second : pair.total] = torch.arange(start, start + len(pair.rejected))
+        mask_BTT[row, second:, start:second] = False
+        for side, first, ids in ((row, start, pair.chosen), (row + len(pairs), second, pair.rejected)):
+            source = torch.arange(first - 1, first - 1 + len(ids))
+            source[:1] = start - 1  # both sides' first token follows the prompt
+            predictions.append((source + row * length, torch.tensor(ids), torch.full((len(ids),), side)))
+    source_M, target_M, side_M = (torch.cat(column) for column in zip(*predictions, strict=True))
+    return Rows(tokens_BT, positions_BT, mask_BTT[:, None], source_M, target_M, side_M, len(pairs))
+
+
+def micro_batches(lengths: Sequence[int], token_budget: int) -> Iterator[list[int]]:
+    """Indices in groups whose padded size (longest × count) stays within ``token_budget``, similar lengths together.
+
+    A pair longer than the budget gets a group of its own.
+    """
+    group: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
+        if group and lengths[index] * (len(group) + 1) > token_budget:
+            yield group
+            group = []
+        group.append(index)
+    if group:
+        yield group

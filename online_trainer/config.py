@@ -1,0 +1,93 @@
+"""The ``[trainer]`` table: what is trained, how fast it may change, and how far it may go from the base.
+
+Torch-free. The defaults are tuned for a stream of some hundred verdicts on a 135M model and two cores; what
+was tried is in DECISIONS.md.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+PROBES = (
+    "What is a good way to start the day?",
+    "Explain why the sky is blue.",
+    "How can I sleep better?",
+    "Tell me about a famous river.",
+    "What should I cook for two friends?",
+    "How do I learn a new language?",
+    "Why do cats purr?",
+    "Give me advice on saving money.",
+)
+
+
+class TrainerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """``[trainer]``. One trainer trains one variant."""
+
+    # The variant whose versions are published, and the name of its base model's deployment.
+    variant: str = "chat-main"
+    base: str = "smollm2"
+    # The policy whose verdicts are learned from. Empty: every policy's.
+    policy: str = ""
+    # Folder of the base model; the launcher fills it in.
+    model: str = ""
+    # Weights of the frozen base: "auto" is bfloat16 where the processor multiplies it natively, else float32.
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    # Port of /metrics on loopback; 0 picks a free one.
+    metrics_port: int = 0
+    # Start of every random choice (adapter, replay, probe answers).
+    seed: int = 0
+
+    # Adapter: rank, scaling numerator (scaling = alpha / rank), and the linears that get one.
+    rank: int = 8
+    alpha: float = 16.0
+    targets: tuple[str, ...] = TARGETS
+    # Topmost decoder layers that are trained; those below run once per pair, without gradients. 0: all.
+    layers: int = 10
+
+    # Loss on the implicit rewards, its temperature, and the share of verdicts assumed to be mistakes.
+    objective: Literal["sigmoid", "ipo"] = "sigmoid"
+    beta: float = 0.1
+    label_smoothing: float = 0.05
+    # Weight of the negative log-likelihood of chosen answers, per token: keeps their probability from falling.
+    nll_weight: float = 0.0
+    learning_rate: float = 3e-4
+    warmup_steps: int = 2
+    max_grad_norm: float = 1.0
+    adam_betas: tuple[float, float] = (0.9, 0.98)
+    weight_decay: float = 0.0
+    # Nats a token (probe prompts, whole vocabulary) that the policy may be away from the base. Past it the adapter
+    # is shrunk back: what is learned keeps its direction, and text stays language. 0: no limit.
+    kl_budget: float = 0.1
+
+    # A step is taken on this many new verdicts, or on fewer once the oldest has waited flush_s seconds.
+    batch_pairs: int = 8
+    flush_s: float = 8.0
+    # Earlier verdicts beside the new ones in each step, drawn from the last replay_window.
+    replay_pairs: int = 8
+    replay_window: int = 128
+    # Verdicts of one user in one step; the others wait for the next (one eager person is not a crowd).
+    max_pairs_per_user: int = 4
+    # Share of prompts (by hash) that are never trained on, and how many of their verdicts judge a version.
+    heldout_ratio: float = 0.1
+    heldout_window: int = 24
+    # Longer prompts lose their beginning, longer answers their end.
+    max_prompt_tokens: int = 512
+    max_completion_tokens: int = 256
+    # Tokens of one forward and backward pass; memory grows with it.
+    micro_batch_tokens: int = 2048
+
+    # Seconds between two published versions at least.
+    publish_interval_s: float = 15.0
+    # Tokens of each probe answer, and the prompts: what a version's offline numbers are measured on.
+    probe_tokens: int = 24
+    probes: tuple[str, ...] = PROBES
+    # Checkpoints that stay on disk.
+    keep_checkpoints: int = 3
+
+    @property
+    def scaling(self) -> float:
+        """What an adapter's product is multiplied by."""
+        return self.alpha / self.rank

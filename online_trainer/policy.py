@@ -1,0 +1,226 @@
+"""The policy that learns and the reference it is held to: one frozen base, small adapters switched on or off.
+
+Only the topmost layers carry adapters. What the layers below make of a pair never changes, so it is computed
+once per pair (``encode``) and kept; a step runs the top alone. Adapters are fp32 whatever the base is.
+B pairs, T tokens, D width, M predicted tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, linear, pad
+
+from online_trainer.batches import PairTokens, Rows, Tokenizer, pack
+from online_trainer.objective import PairLogps
+
+
+class IncompatibleAdapter(ValueError):
+    """The adapter's tensors do not fit this trainer's policy: other rank, layers or targets."""
+
+
+class Switch:
+    """Whether adapters count."""
+
+    is_on = True
+
+
+class LoraLinear(nn.Module):
+    """y = W x + scaling · B A x (arXiv 2106.09685), A and B in fp32, B starting at zero."""
+
+    def __init__(self, base: nn.Linear, rank: int, scaling: float, switch: Switch) -> None:
+        super().__init__()
+        self.base, self.scaling, self.switch = base, scaling, switch
+        place = base.weight.device
+        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, device=place))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=place))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.base(x)
+        if not self.switch.is_on:
+            return y
+        low = linear(x.to(self.lora_A.dtype), self.lora_A)
+        return y + (linear(low, self.lora_B) * self.scaling).to(y.dtype)
+
+
+class Encoded(NamedTuple):
+    """A pair with what does not change while the policy learns."""
+
+    tokens: PairTokens
+    hidden_TD: Tensor  # into the lowest trained layer
+    reference_chosen: float
+    reference_rejected: float
+
+
+class Policy:
+    """A causal language model with adapters on its topmost layers."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Tokenizer,
+        *,
+        rank: int,
+        alpha: float,
+        layers: int,
+        targets: Sequence[str],
+        seed: int,
+    ) -> None:
+        self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
+        self.rank, self.alpha, self.targets = rank, alpha, tuple(targets)
+        self._decoder: Any = model.get_decoder()  # type: ignore[operator]
+        self._head: Any = model.get_output_embeddings()  # type: ignore[operator]
+        self._layers: nn.ModuleList = self._decoder.layers
+        self._first = len(self._layers) - (layers or len(self._layers))
+        if self._first < 0:
+            raise ValueError(f"layers = {layers}, but the model has {len(self._layers)}")
+        self._switch, self._seed = Switch(), seed
+        self.adapters = self._attach()
+        self.reset()
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def _attach(self) -> dict[str, LoraLinear]:
+        trained = {id(m) for layer in self._layers[self._first :] for m in layer.modules()}
+        adapters: dict[str, LoraLinear] = {}
+        for name, module in list(self.model.named_modules()):
+            parent, _, child = name.rpartition(".")
+            if id(module) in trained and child in self.targets and isinstance(module, nn.Linear):
+                adapters[name] = LoraLinear(module, self.rank, self.alpha / self.rank, self._switch)
+                setattr(self.model.get_submodule(parent), child, adapters[name])
+        if not adapters:
+            raise ValueError(f"none of the targets {self.targets} is a linear of the topmost layers")
+        return adapters
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What is trained, in a fixed order."""
+        return [p for adapter in self.adapters.values() for p in (adapter.lora_A, adapter.lora_B)]
+
+    def reset(self) -> None:
+        """Back to the base: B zero, A as at the start."""
+        generator = torch.Generator().manual_seed(self._seed)
+        with torch.no_grad():
+            for adapter in self.adapters.values():
+                bound = 1 / math.sqrt(adapter.base.in_features)
+                adapter.lora_A.copy_(torch.empty(adapter.lora_A.shape).uniform_(-bound, bound, generator=generator))
+                adapter.lora_B.zero_()
+
+    def shrink(self, factor: float) -> None:
+        """Multiply what was learned by ``factor``: the same direction, closer to the base."""
+        with torch.no_grad():
+            for adapter in self.adapters.values():
+                adapter.lora_B.mul_(factor)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The adapter by the names of the version store."""
+        return {
+            f"{name}.{part}.weight": getattr(adapter, part).detach().cpu().contiguous()
+            for name, adapter in self.adapters.items()
+            for part in ("lora_A", "lora_B")
+        }
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over an adapter's values; raises IncompatibleAdapter, and then changes nothing."""
+        own = self.tensors()
+        shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
+        given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        if shapes != given:
+            odd = sorted(set(shapes.items()) ^ set(given.items()))[:3]
+            raise IncompatibleAdapter(f"the adapter differs from this policy in {odd}")
+        with torch.no_grad():
+            for name, adapter in self.adapters.items():
+                adapter.lora_A.copy_(tensors[f"{name}.lora_A.weight"])
+                adapter.lora_B.copy_(tensors[f"{name}.lora_B.weight"])
+
+    @contextmanager
+    def as_reference(self) -> Iterator[None]:
+        """Inside, the model is the base."""
+        self._switch.is_on = False
+        try:
+            yield
+        finally:
+            self._switch.is_on = True
+
+    @contextmanager
+    def _only(self, layers: slice, *, has_norm: bool) -> Iterator[None]:
+        """Inside, the decoder consists of ``layers``, with or without its last norm."""
+        norm = self._decoder.norm
+        self._decoder.layers = self._layers[layers]
+        self._decoder.norm = norm if has_norm else nn.Identity()
+        try:
+            yield
+        finally:
+            self._decoder.layers, self._decoder.norm = self._layers, norm
+
+    def _decode(self, rows: Rows, **inputs: Tensor) -> Tensor:
+        hidden: Tensor = self._decoder(
+            **inputs, attention_mask=rows.mask_B1TT, position_ids=rows.positions_BT, use_cache=False
+        ).last_hidden_state
+        return hidden
+
+    def lower(self, rows: Rows) -> Tensor:
+        """What the untrained layers make of ``rows``: B, T, D."""
+        with torch.no_grad(), self._only(slice(0, self._first), has_norm=False):
+            return self._decode(rows, input_ids=rows.tokens_BT)
+
+    def upper(self, rows: Rows, hidden_BTD: Tensor) -> Tensor:
+        """Logits of the predicted tokens, from ``lower``'s result: M, V."""
+        with self._only(slice(self._first, None), has_norm=True):
+            out_BTD = self._decode(rows, inputs_embeds=hidden_BTD)
+        logits_MV: Tensor = self._head(out_BTD.flatten(0, 1)[rows.source_M])
+        return logits_MV
+
+    def encode(self, pairs: Sequence[PairTokens]) -> list[Encoded]:
+        """Run ``pairs`` through the lower layers and the reference, once and for all."""
+        rows = pack(pairs).to(self.device)
+        hidden_BTD = self.lower(rows)
+        with torch.no_grad(), self.as_reference():
+            chosen_B, rejected_B = pair_logps(rows, self.upper(rows, hidden_BTD))
+        columns = zip(pairs, hidden_BTD, chosen_B.tolist(), rejected_B.tolist(), strict=True)
+        return [Encoded(pair, hidden_TD[: pair.total].clone(), c, r) for pair, hidden_TD, c, r in columns]
+
+    def logps(self, pairs: Sequence[Encoded]) -> tuple[PairLogps, PairLogps, PairLogps]:
+        """(policy's, reference's, lengths) of encoded ``pairs``; the policy's carry gradients."""
+        rows = pack([pair.tokens for pair in pairs]).to(self.device)
+        width = rows.tokens_BT.shape[1]
+        hidden_BTD = torch.stack([pad(p.hidden_TD, (0, 0, 0, width - p.tokens.total)) for p in pairs])
+        policy = pair_logps(rows, self.upper(rows, hidden_BTD))
+        reference = _columns((p.reference_chosen, p.reference_rejected) for p in pairs)
+        lengths = _columns((float(len(p.tokens.chosen)), float(len(p.tokens.rejected))) for p in pairs)
+        return policy, PairLogps(*reference.to(self.device)), PairLogps(*lengths.to(self.device))
+
+
+def _columns(values: Iterator[tuple[float, float]]) -> Tensor:
+    return torch.tensor(list(values)).T
+
+
+def pair_logps(rows: Rows, logits_MV: Tensor) -> PairLogps:
+    """Sums of the predicted tokens' log-probs over each side of each pair, in fp32."""
+    token_logps_M = -cross_entropy(logits_MV.float(), rows.target_M, reduction="none")
+    sums_N = token_logps_M.new_zeros(2 * rows.pairs).index_add(0, rows.side_M, token_logps_M)
+    return PairLogps(sums_N[: rows.pairs], sums_N[rows.pairs :])
+
+
+def native_dtype() -> torch.dtype:
+    """bfloat16 where this machine multiplies it natively, else float32 (emulated bf16 is up to 30 times slower)."""
+    if torch.cuda.is_available():
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+
+
+def load_model(folder: Path, dtype: str) -> tuple[nn.Module, Tokenizer]:
+    """The base model in ``folder`` on the GPU if there is one, and its tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    chosen = native_dtype() if dtype == "auto" else getattr(torch, dtype)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=chosen)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return model.to(device), AutoTokenizer.from_pretrained(folder)

@@ -1,0 +1,283 @@
+"""Routes and lifespan of the front door. What a route does is elsewhere; here stands which routes there are."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Final
+
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from redis.exceptions import RedisError
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import FileResponse, HTMLResponse, Response
+from starlette.routing import BaseRoute, Mount, Route
+from starlette.staticfiles import StaticFiles
+
+from router import docs
+from router.admin import Command, Order, Releases
+from router.admission import OPEN_CALLER, Caller
+from router.config import RouterConfig
+from router.errors import NotFound, Unavailable
+from router.feedback import record_feedback
+from router.http import EXCEPTION_HANDLERS, Edge, JsonResponse, read_body
+from router.models import find_model, list_models
+from router.openapi import Endpoint, Header, document
+from router.pairs import pseudonym
+from router.schema import (
+    ChatChunk,
+    ChatCompletion,
+    ChatRequest,
+    Consent,
+    ConsentState,
+    FeedbackReceipt,
+    FeedbackRequest,
+    Health,
+    Model,
+    ModelList,
+    Receipt,
+    ReleaseOrder,
+    Timeline,
+    VerdictRequest,
+    decode,
+)
+from router.services import Services, keys_of, open_services
+from telemetry.config import TelemetryConfig
+
+PAGES: Final = Path(__file__).parent / "pages"
+OpenServices = Callable[[], AbstractAsyncContextManager[Services]]
+
+
+def services(request: Request) -> Services:
+    found: Services = request.app.state.services
+    return found
+
+
+async def chat(request: Request, caller: Caller) -> Response:
+    return await services(request).chat(request, caller)
+
+
+async def record_preference(request: Request, caller: Caller) -> Response:
+    body = decode(await read_body(request), VerdictRequest)
+    receipt = await services(request).preferences.record(body, caller)
+    return JsonResponse(receipt, 200 if receipt.replayed else 201)
+
+
+async def read_preference(request: Request, caller: Caller) -> Response:
+    return JsonResponse(await services(request).receipts.read(request.path_params["id"], caller))
+
+
+async def retract_preference(request: Request, caller: Caller) -> Response:
+    return JsonResponse(await services(request).receipts.retract(request.path_params["id"], caller))
+
+
+async def give_feedback(request: Request, caller: Caller) -> Response:
+    body = decode(await read_body(request), FeedbackRequest)
+    here = services(request)
+    return JsonResponse(await record_feedback(body, caller, key=here.key, ledger=here.ledger), 201)
+
+
+async def read_consent(request: Request, caller: Caller) -> Response:
+    here = services(request)
+    try:
+        return JsonResponse(await here.book.read(pseudonym(here.key, request.path_params["user"])))
+    except (RedisError, OSError) as error:
+        raise _consent_unavailable() from error
+
+
+async def write_consent(request: Request, caller: Caller) -> Response:
+    body = decode(await read_body(request), Consent)
+    here = services(request)
+    try:
+        return JsonResponse(await here.book.write(pseudonym(here.key, request.path_params["user"]), body.pairing))
+    except (RedisError, OSError) as error:
+        raise _consent_unavailable() from error
+
+
+def _consent_unavailable() -> Unavailable:
+    message = "Consent cannot be read or written now."
+    return Unavailable(message, code="state_unavailable", retry_after_s=1.0)
+
+
+async def models(request: Request, caller: Caller) -> Response:
+    here = services(request)
+    return JsonResponse(list_models(here.tables.routing, here.started_at))
+
+
+async def model(request: Request, caller: Caller) -> Response:
+    here = services(request)
+    return JsonResponse(find_model(here.tables.routing, here.started_at, request.path_params["id"]))
+
+
+async def live(request: Request, caller: Caller) -> Response:
+    return JsonResponse(Health("live"))
+
+
+async def ready(request: Request, caller: Caller) -> Response:
+    here = services(request)
+    missing = here.tables.missing()
+    try:
+        await here.redis.ping()
+    except (RedisError, OSError):
+        missing += ("Redis",)
+    return JsonResponse(Health("not_ready" if missing else "ready", missing), 503 if missing else 200)
+
+
+async def metrics(request: Request, caller: Caller) -> Response:
+    return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
+
+
+async def releases(request: Request, caller: Caller) -> Response:
+    here = services(request)
+    return JsonResponse(await here.releases.read(here.tables.routing))
+
+
+async def promote(request: Request, caller: Caller) -> Response:
+    return await _order(request, caller, "promote")
+
+
+async def rollback(request: Request, caller: Caller) -> Response:
+    return await _order(request, caller, "rollback")
+
+
+async def _order(request: Request, caller: Caller, command: Command) -> Response:
+    body = await read_body(request)
+    order = decode(body, ReleaseOrder) if body else ReleaseOrder()
+    desk = services(request).releases
+    return JsonResponse(await desk.order(command, request.path_params["version"], order, caller.name), 202)
+
+
+async def openapi(request: Request, caller: Caller) -> Response:
+    return JsonResponse(request.app.state.openapi)
+
+
+async def docs_page(request: Request, caller: Caller) -> Response:
+    return HTMLResponse(docs.PAGE)
+
+
+async def index(request: Request, caller: Caller) -> Response:
+    page = PAGES / "index.html"
+    if not page.exists():
+        raise NotFound("The chat page is not installed; the API is described at /docs.")
+    return FileResponse(page)
+
+
+_REQUEST_ID: Final = Header("X-Request-ID", "Names the request in logs; made here when absent.")
+_TRACE: Final = Header("traceparent", "W3C trace context to continue.")
+_ANSWER_HEADERS: Final = (
+    Header("x-tiebreak-variant", "Variant of a single answer."),
+    Header("x-tiebreak-version", "Version of a single answer."),
+    Header("x-tiebreak-pair-id", "The pair, when two answers are shown."),
+    Header("x-tiebreak-pair-token", "What a verdict on the pair needs."),
+)
+
+ENDPOINTS: Final = (
+    Endpoint(
+        method="POST", path="/v1/chat/completions", handler=chat, role="inference", body=ChatRequest,
+        summary="Answer a chat, once or as a pair to choose from; streamed or whole.",
+        answers={200: ChatCompletion}, streams=ChatChunk, errors=(404, 429, 502, 503, 504),
+        headers_in=(_REQUEST_ID, _TRACE), headers_out=_ANSWER_HEADERS,
+    ),
+    Endpoint(
+        method="POST", path="/v1/preferences", handler=record_preference, role="inference", body=VerdictRequest,
+        summary="Give the verdict on a pair. The same again is answered 200 with the same receipt.",
+        answers={201: Receipt, 200: Receipt}, errors=(404, 409, 410, 503),
+    ),
+    Endpoint(
+        method="GET", path="/v1/preferences/{id}", handler=read_preference, role="inference",
+        summary="Follow a verdict: accepted, stored, trained, live, dropped or retracted.",
+        answers={200: Timeline}, errors=(404, 503),
+    ),
+    Endpoint(
+        method="DELETE", path="/v1/preferences/{id}", handler=retract_preference, role="inference",
+        summary="Take a verdict back.", answers={200: Timeline}, errors=(404, 503),
+    ),
+    Endpoint(
+        method="POST", path="/v1/feedback", handler=give_feedback, role="inference", body=FeedbackRequest,
+        summary="Give a thumb on a single answer.", answers={201: FeedbackReceipt}, errors=(404, 503),
+    ),
+    Endpoint(
+        method="GET", path="/v1/users/{user:path}/consent", handler=read_consent, role="inference",
+        summary="Whether a user has opted in to pairs.", answers={200: ConsentState}, errors=(503,),
+    ),
+    Endpoint(
+        method="PUT", path="/v1/users/{user:path}/consent", handler=write_consent, role="inference", body=Consent,
+        summary="Opt a user in to pairs, or out.", answers={200: ConsentState}, errors=(503,),
+    ),
+    Endpoint(
+        method="GET", path="/v1/models", handler=models, role="inference",
+        summary="Policies, and what can be pinned: policy@channel, policy@variant, policy@version.",
+        answers={200: ModelList},
+    ),
+    Endpoint(
+        method="GET", path="/v1/models/{id:path}", handler=model, role="inference",
+        summary="One model.", answers={200: Model}, errors=(404,),
+    ),
+    Endpoint(
+        method="GET", path="/admin/releases", handler=releases, role="admin",
+        summary="What is where, and the latest changes.", answers={200: Releases}, errors=(503,),
+    ),
+    Endpoint(
+        method="POST", path="/admin/releases/{version}/promote", handler=promote, role="admin", body=ReleaseOrder,
+        is_body_required=False, summary="Ask the release controller to promote a version.",
+        answers={202: Order}, errors=(503,),
+    ),
+    Endpoint(
+        method="POST", path="/admin/releases/{version}/rollback", handler=rollback, role="admin", body=ReleaseOrder,
+        is_body_required=False, summary="Ask the release controller to roll a version back.",
+        answers={202: Order}, errors=(503,),
+    ),
+    Endpoint(
+        method="GET", path="/health/live", handler=live, summary="Whether the process runs.", answers={200: Health}
+    ),
+    Endpoint(
+        method="GET", path="/health/ready", handler=ready, summary="Whether requests can be answered.",
+        answers={200: Health, 503: Health},
+    ),
+    Endpoint(
+        method="GET", path="/metrics", handler=metrics, summary="Prometheus metrics.", answers={200: None},
+        media_type="text/plain",
+    ),
+    Endpoint(
+        method="GET", path="/openapi.json", handler=openapi, summary="This document.", answers={200: None},
+    ),
+    Endpoint(
+        method="GET", path="/docs", handler=docs_page, summary="This document as a page.", answers={200: None},
+        media_type="text/html",
+    ),
+    Endpoint(
+        method="GET", path="/", handler=index, summary="The chat page.", answers={200: None}, errors=(404,),
+        media_type="text/html",
+    ),
+)  # fmt: skip
+
+
+def _route(endpoint: Endpoint) -> BaseRoute:
+    async def guarded(request: Request) -> Response:
+        caller = OPEN_CALLER
+        if endpoint.role is not None:
+            admission = services(request).admission
+            caller = admission.authenticate(request.headers.get("authorization"), endpoint.role)
+        return await endpoint.handler(request, caller)
+
+    return Route(endpoint.path, guarded, methods=[endpoint.method], include_in_schema=False)
+
+
+def build_app(config: RouterConfig, telemetry: TelemetryConfig, *, opening: OpenServices | None = None) -> Starlette:
+    """The application; ``opening`` takes the place of the services that ``config`` describes."""
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        async with opening() if opening else open_services(config, telemetry) as opened:
+            app.state.services = opened
+            yield
+
+    routes = [*map(_route, ENDPOINTS), Mount("/pages", StaticFiles(directory=PAGES, check_dir=False))]
+    middleware = [Middleware(Edge, is_open=not keys_of(config))]
+    app = Starlette(routes=routes, lifespan=lifespan, middleware=middleware, exception_handlers=EXCEPTION_HANDLERS)
+    app.state.max_body_bytes = config.max_body_bytes
+    app.state.openapi = document(ENDPOINTS, title="Tiebreak", version=version("tiebreak"))
+    return app

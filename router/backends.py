@@ -1,0 +1,204 @@
+"""The replica pool: picks a replica that holds the version, streams from it, retries before the first token only.
+
+Of two random candidates the one with less in flight answers. A replica that refuses or breaks is left out of
+the next try; one that says 409 or takes no connection is left out until the replica table has been written
+anew, or for ``STALE_S``.
+Tokens come straight from the replica's own listener over kept-alive connections.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import Counter
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+import aiohttp
+import msgspec
+
+from router.errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    RouterError,
+    Unavailable,
+    UpstreamFailed,
+)
+from router.tables import Tables
+from serving.wire import Chunk, GenerateRequest
+from telemetry.metrics import RESPONSE_ERRORS
+from telemetry.routing import Replica
+
+TRIES = 2
+CONNECT_S = 2.0
+STALE_S = 2.0
+READ_BUFFER_BYTES = 1 << 20
+_encoder = msgspec.json.Encoder()
+_decoder = msgspec.json.Decoder(Chunk)
+
+
+class _TryAnother(Exception):
+    """This replica cannot answer now; nothing was generated. ``error`` is what the client hears if none can."""
+
+    def __init__(self, error: RouterError, *, is_stale: bool = False) -> None:
+        super().__init__(str(error))
+        self.error = error
+        self.is_stale = is_stale
+
+
+class ReplicaPool:
+    """Every replica of every base, as the tables name them."""
+
+    def __init__(self, tables: Tables, *, ready_wait_s: float) -> None:
+        self._tables = tables
+        self._ready_wait_s = ready_wait_s
+        self._in_flight: Counter[str] = Counter()
+        # (replica, version) → age of the table that was wrong, and when that was found
+        self._stale: dict[tuple[str, str], tuple[float, float]] = {}
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=30.0)
+        self._session = aiohttp.ClientSession(
+            connector=connector, read_bufsize=READ_BUFFER_BYTES, cookie_jar=aiohttp.DummyCookieJar()
+        )
+
+    async def close(self) -> None:
+        """Close every connection."""
+        await self._session.close()
+
+    async def generate(self, base: str, request: GenerateRequest) -> AsyncGenerator[list[Chunk]]:
+        """Chunks as they arrive, several at a time; the first is retried once elsewhere, later ones never.
+
+        Raises a RouterError. Closing the generator cancels the generation.
+        """
+        tried: set[str] = set()
+        for attempt in range(TRIES):
+            replica = await self._pick(base, request.version, tried)
+            has_begun = False
+            self._in_flight[replica.replica_id] += 1
+            try:
+                async with aclosing(self._stream(replica, request)) as stream:
+                    async for chunks in stream:
+                        has_begun = True
+                        yield chunks
+                return
+            except _TryAnother as failure:
+                tried.add(replica.replica_id)
+                if failure.is_stale:
+                    mark = (self._tables.replicas.updated_at_s, time.monotonic())
+                    self._stale[replica.replica_id, request.version] = mark
+                if has_begun or attempt == TRIES - 1:
+                    raise failure.error from failure
+                await self._tables.refresh()
+            finally:
+                self._leave(replica.replica_id)
+
+    def _leave(self, replica_id: str) -> None:
+        self._in_flight[replica_id] -= 1
+        if not self._in_flight[replica_id]:
+            del self._in_flight[replica_id]
+
+    async def _pick(self, base: str, version: str, tried: set[str]) -> Replica:
+        deadline = time.monotonic() + self._ready_wait_s
+        while True:
+            candidates = [r for r in self._tables.holding(base, version) if not self._is_stale(r, version)]
+            fresh = [replica for replica in candidates if replica.replica_id not in tried]
+            if chosen := fresh or candidates:
+                return self._less_loaded(chosen)
+            if not await self._tables.changed(deadline - time.monotonic()):
+                message = "No replica holds this version now; it is being loaded or is gone."
+                raise Unavailable(message, code="no_replica", retry_after_s=2.0)
+
+    def _is_stale(self, replica: Replica, version: str) -> bool:
+        mark = self._stale.get((replica.replica_id, version))
+        if mark is None:
+            return False
+        table_at_s, found_s = mark
+        if table_at_s == self._tables.replicas.updated_at_s and time.monotonic() - found_s < STALE_S:
+            return True
+        del self._stale[replica.replica_id, version]
+        return False
+
+    def _less_loaded(self, candidates: list[Replica]) -> Replica:
+        two = candidates if len(candidates) <= 2 else random.sample(candidates, 2)
+        return min(two, key=lambda r: (self._in_flight[r.replica_id], r.in_flight, random.random()))
+
+    async def _stream(self, replica: Replica, request: GenerateRequest) -> AsyncGenerator[list[Chunk]]:
+        timeout = aiohttp.ClientTimeout(total=request.deadline_s, sock_connect=CONNECT_S)
+        headers = {"Content-Type": "application/json", "X-Request-ID": request.request_id}
+        if request.traceparent:
+            headers["traceparent"] = request.traceparent
+        try:
+            async with self._session.post(
+                f"{replica.url}/v1/generate", data=_encoder.encode(request), headers=headers, timeout=timeout
+            ) as response:
+                if response.status != 200:
+                    raise _refused(response.status, await response.read())
+                async for chunks in _lines(response.content):
+                    _check_version(chunks, request.version)
+                    yield chunks
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
+            raise _TryAnother(_unreachable(), is_stale=True) from error
+        except TimeoutError as error:
+            raise DeadlineExceeded() from error
+        except (aiohttp.ClientError, OSError) as error:
+            raise _TryAnother(_broken()) from error
+        except msgspec.DecodeError as error:
+            raise UpstreamFailed("The replica's answer cannot be read.") from error
+
+
+async def _lines(content: aiohttp.StreamReader) -> AsyncGenerator[list[Chunk]]:
+    """Whole NDJSON lines of each network read, decoded."""
+    rest = b""
+    async for data in content.iter_any():
+        *lines, rest = (rest + data).split(b"\n")
+        if chunks := [_decoder.decode(line) for line in lines if line]:
+            yield chunks
+    if rest:
+        yield [_decoder.decode(rest)]
+
+
+def _check_version(chunks: list[Chunk], version: str) -> None:
+    for chunk in chunks:
+        if chunk.version != version:
+            RESPONSE_ERRORS.labels("", version, "version_mismatch").inc()
+            raise UpstreamFailed("The replica answered with another version.", code="version_mismatch")
+
+
+def _unreachable() -> RouterError:
+    return Unavailable("The replica takes no connection.", code="no_replica", retry_after_s=2.0)
+
+
+def _broken() -> RouterError:
+    return UpstreamFailed("The connection to the replica broke.")
+
+
+def _refused(status: int, body: bytes) -> Exception:
+    """What a replica's error answer means here."""
+    if status == 409:
+        error: RouterError = Unavailable("This version is not ready.", code="version_not_ready", retry_after_s=1.0)
+        return _TryAnother(error, is_stale=True)
+    if status in (429, 503):
+        return _TryAnother(Unavailable("Every replica is full.", code="overloaded", retry_after_s=1.0))
+    if status in (400, 413, 422):
+        return _invalid(body)
+    if status == 504:
+        return DeadlineExceeded()
+    return _TryAnother(UpstreamFailed())
+
+
+class _ReplicaError(msgspec.Struct):
+    code: str = "invalid_request"
+    message: str = ""
+
+
+class _ReplicaErrorBody(msgspec.Struct):
+    error: _ReplicaError | str = ""
+
+
+def _invalid(body: bytes) -> RouterError:
+    try:
+        error = msgspec.json.decode(body, type=_ReplicaErrorBody).error
+    except msgspec.DecodeError:
+        return InvalidRequest("The model cannot take this request.")
+    if isinstance(error, str):
+        return InvalidRequest("The model cannot take this request.", code=error)
+    return InvalidRequest(error.message, code=error.code)

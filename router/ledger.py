@@ -1,0 +1,148 @@
+"""What was served goes into the log, the metrics and the memories that verdicts and thumbs need.
+
+Two ways into the log: ``durable`` waits until the entry cannot be lost, ``note`` does not wait and counts
+what failed. Work that no client waits for runs in the background; ``settled`` waits for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Coroutine
+from concurrent.futures import Future
+from typing import Any, Final, Literal
+
+import msgspec
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+from router.errors import PayloadTooLarge, Unavailable
+from router.exchange import Answer, Exchange
+from router.pairs import PairMemory, RememberedPair
+from telemetry import metrics
+from telemetry.event_log import EntryTooLarge, LogUnavailable
+from telemetry.events import TOPIC_OF, AnyEvent, Completion, Message, PairShown, encode, key_of
+from telemetry.outbox import OutboxLog
+
+COMPLETION_KEY: Final = "tiebreak:completion:"
+log = logging.getLogger(__name__)
+
+
+class RememberedCompletion(msgspec.Struct, frozen=True):
+    """A single answer that a thumb may still come for."""
+
+    policy: str
+    user: str
+    caller: str
+    prompt: tuple[Message, ...]
+    completion: Completion
+
+
+class Ledger:
+    """The one place where the router writes down what it served."""
+
+    def __init__(self, outbox: OutboxLog, redis: Redis, pairs: PairMemory, *, completion_ttl_s: float) -> None:
+        self._log = outbox
+        self._redis = redis
+        self._pairs = pairs
+        self._completion_ttl_s = int(completion_ttl_s)
+        self._background: set[asyncio.Task[None]] = set()
+
+    async def durable(self, event: AnyEvent) -> Literal["log", "outbox"]:
+        """Append and wait; where the event is safe. Raises Unavailable, and then nothing is acknowledged."""
+        try:
+            done = await asyncio.wrap_future(self._log.append(TOPIC_OF[type(event)], key_of(event), encode(event)))
+        except LogUnavailable as error:
+            message = "The event log takes nothing now; nothing was recorded."
+            raise Unavailable(message, code="log_unavailable", retry_after_s=2.0) from error
+        except EntryTooLarge as error:
+            raise PayloadTooLarge("This is more text than one event can carry.") from error
+        return done.where
+
+    def note(self, event: AnyEvent) -> None:
+        """Append without waiting; a loss is counted."""
+        topic = TOPIC_OF[type(event)]
+
+        def count_loss(done: Future[Any]) -> None:
+            if error := done.exception():
+                metrics.EVENTS_LOST.labels(topic).inc()
+                log.warning("event lost: %s", error, extra={"action": "event_lost", "topic": topic})
+
+        self._log.append(topic, key_of(event), encode(event)).add_done_callback(count_loss)
+
+    async def remember_pair(self, exchange: Exchange) -> bool:
+        """Make the complete pair one that can be judged; False when the memory cannot be reached."""
+        assert exchange.offer is not None
+        a, b = exchange.shown
+        shown = PairShown(
+            pair_id=exchange.pair_id,
+            trace_id=exchange.trace_id,
+            span_id=exchange.span_id,
+            request_id=exchange.request_id,
+            policy=exchange.policy,
+            user=exchange.user,
+            prompt=exchange.prompt,
+            a=a.completion(),
+            b=b.completion(),
+            propensity=exchange.propensity,
+            expires_at=exchange.offer.expires_at,
+        )
+        try:
+            await self._pairs.remember(RememberedPair(shown, exchange.caller))
+        except (RedisError, OSError) as error:
+            log.warning("pair not remembered: %s", error, extra={"action": "pair_lost", "pair_id": shown.pair_id})
+            return False
+        self.note(shown)
+        metrics.PAIRS_SHOWN.labels(exchange.policy).inc()
+        return True
+
+    def side_lost(self, answer: Answer) -> None:
+        """Count a side of a pair that failed."""
+        metrics.PAIR_SIDES_LOST.labels(answer.arm.variant, answer.arm.version).inc()
+
+    def close_exchange(self, exchange: Exchange) -> None:
+        """Write down every answer of a request that is over, and keep single ones for a thumb."""
+        for answer in exchange.answers:
+            self.note(answer.served(exchange))
+            _count(answer)
+            if not exchange.is_pair and answer in exchange.shown and answer.is_whole:
+                self._in_background(self._remember_completion(exchange, answer))
+
+    async def recall_completion(self, completion_id: str) -> RememberedCompletion | None:
+        """The single answer, or None when it is unknown or too old."""
+        await self.settled()
+        payload = await self._redis.get(COMPLETION_KEY + completion_id)
+        return None if payload is None else msgspec.json.decode(payload, type=RememberedCompletion)
+
+    async def settled(self) -> None:
+        """Wait for what runs in the background now."""
+        if self._background:
+            await asyncio.wait(set(self._background))
+
+    async def _remember_completion(self, exchange: Exchange, answer: Answer) -> None:
+        kept = RememberedCompletion(
+            exchange.policy, exchange.user, exchange.caller, exchange.prompt, answer.completion()
+        )
+        try:
+            key = COMPLETION_KEY + answer.completion_id
+            await self._redis.set(key, msgspec.json.encode(kept), ex=self._completion_ttl_s)
+        except (RedisError, OSError) as error:
+            log.warning("no thumb possible: %s", error, extra={"action": "completion_not_remembered"})
+
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+
+def _count(answer: Answer) -> None:
+    variant, version = answer.arm.variant, answer.arm.version
+    if answer.failure:
+        metrics.RESPONSE_ERRORS.labels(variant, version, answer.failure.code).inc()
+    elif answer.is_whole:
+        metrics.RESPONSES.labels(variant, version, answer.arm.channel).inc()
+        metrics.DURATION.labels(variant, version).observe(answer.ended_s - answer.started_s)
+    if answer.has_started:
+        metrics.TTFT.labels(variant, version).observe(answer.first_s - answer.started_s)
+    if answer.last.is_unsafe:
+        metrics.SAFETY_VIOLATIONS.labels(variant, version).inc()

@@ -1,0 +1,98 @@
+"""A pair's identity: who sits where, the token that lets its user judge it, and the memory of what was shown.
+
+The token is ``payload.signature``: base64url JSON of pair, user pseudonym and expiry, and an HMAC-SHA-256 with
+the deployment's key. The pair itself, both texts included, is kept in Redis until a verdict can come no more.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import hmac
+import uuid
+from typing import Final
+
+import msgspec
+from redis.asyncio import Redis
+
+from router.errors import InvalidToken
+from telemetry.events import PairShown
+
+PAIR_KEY: Final = "tiebreak:pair:"
+_LATE_S: Final = 600  # a pair outlives its token a little, so that late verdicts get a clear answer
+_NAMESPACE: Final = uuid.UUID("6f0c9a52-3a0e-5a55-9e0e-6d2f3f6c7b11")
+_SCOPE: Final = b"tiebreak-pair:"
+
+
+class Ticket(msgspec.Struct, frozen=True, array_like=True):
+    """What a pair token says."""
+
+    pair_id: str
+    user: str  # pseudonym
+    expires_at_s: float  # unix time
+
+
+class RememberedPair(msgspec.Struct, frozen=True):
+    """What Redis holds: the event as logged, and whose key asked for it."""
+
+    shown: PairShown
+    caller: str
+
+
+def pseudonym(key: bytes, user: str) -> str:
+    """A user id's keyed hash, 16 hex digits; empty for no user."""
+    return hmac.new(key, b"user:" + user.encode(), hashlib.sha256).hexdigest()[:16] if user else ""
+
+
+def derived_id(*parts: str) -> str:
+    """A UUID that depends on ``parts`` only: a repeated write carries the same event id and is deduplicated."""
+    return str(uuid.uuid5(_NAMESPACE, "\n".join(parts)))
+
+
+def preference_id(pair_id: str) -> str:
+    """The one preference that a pair can have."""
+    return derived_id("preference", pair_id)
+
+
+def sign_ticket(key: bytes, ticket: Ticket) -> str:
+    """The pair token of ``ticket``."""
+    payload = base64.urlsafe_b64encode(msgspec.json.encode(ticket)).rstrip(b"=")
+    return f"{payload.decode()}.{_signature(key, payload)}"
+
+
+def read_ticket(key: bytes, token: str, pair_id: str) -> Ticket:
+    """The ticket in ``token``; raises InvalidToken unless we signed it for ``pair_id``. Expiry is the caller's."""
+    payload, _, signature = token.partition(".")
+    encoded = payload.encode()
+    if not hmac.compare_digest(_signature(key, encoded).encode(), signature.encode()):
+        raise InvalidToken()
+    try:
+        padded = encoded + b"=" * (-len(encoded) % 4)
+        ticket = msgspec.json.decode(base64.urlsafe_b64decode(padded), type=Ticket)
+    except (binascii.Error, msgspec.DecodeError) as error:
+        raise InvalidToken() from error
+    if ticket.pair_id != pair_id:
+        raise InvalidToken()
+    return ticket
+
+
+def _signature(key: bytes, payload: bytes) -> str:
+    return hmac.new(key, _SCOPE + payload, hashlib.sha256).hexdigest()
+
+
+class PairMemory:
+    """Pairs as shown, in Redis, until they expire."""
+
+    def __init__(self, redis: Redis, ttl_s: float) -> None:
+        self._redis = redis
+        self._ttl_s = int(ttl_s) + _LATE_S
+
+    async def remember(self, pair: RememberedPair) -> None:
+        """Keep ``pair``; from here on its verdict can be given."""
+        await self._redis.set(PAIR_KEY + pair.shown.pair_id, msgspec.json.encode(pair), ex=self._ttl_s)
+
+    async def recall(self, pair_id: str) -> RememberedPair | None:
+        """The pair, or None when it was never complete or is long over."""
+        payload = await self._redis.get(PAIR_KEY + pair_id)
+        return None if payload is None else msgspec.json.decode(payload, type=RememberedPair)

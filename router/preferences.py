@@ -1,0 +1,203 @@
+"""Verdicts: once per pair, acknowledged only when durable, whatever crashes in between.
+
+A verdict is claimed in Redis with its whole event (the first claim fixes the choice), appended to the log under
+an event id that depends on the pair alone, then marked accepted. A crash before the mark is mended by the same
+verdict sent again: it appends the same event, and consumers deduplicate. ``a`` and ``b`` end here; from here on
+the words are chosen and rejected.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from datetime import datetime
+from typing import Final, cast
+
+import msgspec
+from opentelemetry.trace import SpanKind
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+from router.admission import Caller
+from router.errors import Conflict, Forbidden, Gone, NotFound, Unavailable
+from router.ledger import Ledger
+from router.pairs import PairMemory, RememberedPair, Ticket, preference_id, pseudonym, read_ticket
+from router.receipts import VERDICT_KEY, Claim, ReceiptBook, receipt
+from router.schema import Choice, Receipt, VerdictRequest
+from telemetry import metrics, tracing
+from telemetry.events import Completion, Outcome, PairShown, PreferenceRecorded, utc_now
+
+LOCK_KEY: Final = "tiebreak:verdict-lock:"
+POLL_S: Final = 0.005
+
+OUTCOMES: Final[dict[Choice, Outcome]] = {
+    "a": "chosen_rejected",
+    "b": "chosen_rejected",
+    "tie": "tie",
+    "both_bad": "both_bad",
+    "skip": "skip",
+}
+
+
+def to_preference(
+    shown: PairShown, body: VerdictRequest, *, at: datetime, trace: tuple[str, str] = ("", "")
+) -> PreferenceRecorded:
+    """The verdict as an event, whole in itself; its id depends on the pair alone."""
+    is_b = body.choice == "b"
+    return PreferenceRecorded(
+        event_id=preference_id(shown.pair_id),
+        occurred_at=at,
+        trace_id=trace[0],
+        span_id=trace[1],
+        pair_id=shown.pair_id,
+        policy=shown.policy,
+        user=shown.user,
+        prompt=shown.prompt,
+        chosen=shown.b if is_b else shown.a,
+        rejected=shown.a if is_b else shown.b,
+        outcome=OUTCOMES[body.choice],
+        chosen_position="a" if body.choice == "a" else "b" if is_b else "",
+        propensity=shown.propensity,
+        shown_at=shown.occurred_at,
+        decided_s=(at - shown.occurred_at).total_seconds(),
+        source=body.source,
+        labeler=body.labeler or "",
+        cohort=shown.cohort,
+        reasons=body.reasons or (),
+        comment=body.comment or "",
+        quality=body.quality,
+        edited=body.edited,
+    )
+
+
+def count_verdict(event: PreferenceRecorded) -> None:
+    """One count per side, so that a win rate is a ratio of two sums."""
+    is_win = event.outcome == "chosen_rejected"
+    is_cross = "true" if _identity(event.chosen) != _identity(event.rejected) else "false"
+    for side, word in ((event.chosen, "win"), (event.rejected, "loss")):
+        outcome = word if is_win else event.outcome
+        metrics.VERDICTS.labels(side.variant, side.version, outcome, event.source, is_cross).inc()
+
+
+def _identity(side: Completion) -> tuple[str, str]:
+    return side.variant, side.version
+
+
+# KEYS verdict, lock; ARGV claim, verdict's life in s, lease in ms → claim that holds, where it is durable, lock won
+_CLAIM: Final = """
+redis.call('HSETNX', KEYS[1], 'claim', ARGV[1])
+local kept = redis.call('HGET', KEYS[1], 'claim')
+local durable = redis.call('HGET', KEYS[1], 'durable')
+if durable then return {kept, durable, 0} end
+redis.call('EXPIRE', KEYS[1], ARGV[2])
+local won = redis.call('SET', KEYS[2], '1', 'NX', 'PX', ARGV[3])
+return {kept, '', won and 1 or 0}
+"""
+
+
+class Preferences:
+    """Takes verdicts."""
+
+    def __init__(
+        self,
+        redis: Redis,
+        *,
+        key: bytes,
+        pairs: PairMemory,
+        ledger: Ledger,
+        book: ReceiptBook,
+        verdict_ttl_s: float,
+        lease_s: float,
+    ) -> None:
+        self._redis = redis
+        self._key = key
+        self._pairs = pairs
+        self._ledger = ledger
+        self._book = book
+        self._ttl_s = int(verdict_ttl_s)
+        self._lease_s = lease_s
+        self._claim = redis.register_script(_CLAIM)
+
+    async def record(self, body: VerdictRequest, caller: Caller) -> Receipt:
+        """The receipt of a durable verdict. Raises RouterError; then nothing was acknowledged."""
+        started_s = time.perf_counter()
+        ticket = read_ticket(self._key, body.token, body.pair_id)
+        if body.user and pseudonym(self._key, body.user) != ticket.user:
+            raise Forbidden("This pair was shown to another user.", code="not_your_pair", param="user")
+        try:
+            answer = await self._record(body, ticket, caller)
+        except (RedisError, OSError) as error:
+            message = "Pairs cannot be read now; nothing was acknowledged."
+            raise Unavailable(message, code="state_unavailable", retry_after_s=1.0) from error
+        metrics.VERDICT_SECONDS.observe(time.perf_counter() - started_s)
+        return answer
+
+    async def _record(self, body: VerdictRequest, ticket: Ticket, caller: Caller) -> Receipt:
+        pair, earlier = await asyncio.gather(self._pairs.recall(body.pair_id), self._book.verdict(body.pair_id))
+        if earlier is not None:
+            claim = earlier.claim
+            _check(claim, body, caller)
+            if earlier.durable:
+                return receipt(claim.event, claim.choice, earlier.durable, replayed=True)
+            trace = (claim.event.trace_id, claim.event.span_id)
+        else:
+            shown = _judgeable(pair, ticket, caller)
+            trace = (shown.trace_id, shown.span_id)
+        with tracing.span("verdict", within=tracing.parent(*trace), kind=SpanKind.SERVER) as span:
+            span.set_attribute("preference.pair_id", body.pair_id)
+            span.set_attribute("preference.id", preference_id(body.pair_id))
+            if earlier is None:
+                event = to_preference(shown, body, at=utc_now(), trace=tracing.ids(span))
+                claim = Claim(body.choice, caller.name, event)
+            span.add_event("gen_ai.evaluation.result", {"preference.outcome": claim.event.outcome})
+            return await self._settle(claim, body, caller)
+
+    async def _settle(self, claim: Claim, body: VerdictRequest, caller: Caller) -> Receipt:
+        """Claim, append, mark; or wait for whoever does."""
+        give_up_s = time.monotonic() + 2 * self._lease_s
+        while time.monotonic() < give_up_s:
+            claim, durable, is_ours = await self._try_claim(claim)
+            _check(claim, body, caller)
+            if durable:
+                return receipt(claim.event, claim.choice, durable, replayed=True)
+            if is_ours:
+                return await self._append(claim)
+            await asyncio.sleep(POLL_S)
+        raise Unavailable("This verdict is being recorded by another request.", retry_after_s=1.0)
+
+    async def _try_claim(self, claim: Claim) -> tuple[Claim, str, bool]:
+        keys = [VERDICT_KEY + claim.event.pair_id, LOCK_KEY + claim.event.pair_id]
+        lease_ms = int(self._lease_s * 1000)
+        answer = await self._claim(keys=keys, args=[msgspec.json.encode(claim), self._ttl_s, lease_ms])
+        kept, durable, won = cast(tuple[bytes, bytes, int], answer)
+        return msgspec.json.decode(kept, type=Claim), durable.decode(), bool(won)
+
+    async def _append(self, claim: Claim) -> Receipt:
+        event = claim.event
+        try:
+            durable = await self._ledger.durable(event)
+            await self._book.accept(event, durable)
+        finally:
+            await self._redis.delete(LOCK_KEY + event.pair_id)
+        count_verdict(event)
+        return receipt(event, claim.choice, durable, replayed=False)
+
+
+def _check(claim: Claim, body: VerdictRequest, caller: Caller) -> None:
+    if claim.caller != caller.name:
+        raise Forbidden("This pair was asked for with another key.", code="not_your_pair")
+    if claim.choice != body.choice:
+        message = "This pair has another verdict already; DELETE /v1/preferences/{id} takes it back."
+        raise Conflict(message, code="verdict_conflict", param="choice")
+
+
+def _judgeable(pair: RememberedPair | None, ticket: Ticket, caller: Caller) -> PairShown:
+    """The pair, if a first verdict on it may be given now."""
+    if time.time() > ticket.expires_at_s:
+        raise Gone("The time for a verdict on this pair is over.", code="pair_expired", param="token")
+    if pair is None:
+        message = "There is no such pair to judge: it was never complete, or one side was lost."
+        raise NotFound(message, code="pair_not_found", param="pair_id")
+    if pair.caller != caller.name:
+        raise Forbidden("This pair was asked for with another key.", code="not_your_pair")
+    return pair.shown

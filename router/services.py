@@ -1,0 +1,118 @@
+"""Everything the routes work with, opened in order and closed in reverse."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import msgspec
+from redis.asyncio import Redis
+
+from router.admin import ReleaseDesk
+from router.admission import Admission, Caller, read_keys
+from router.arms import PairRatios
+from router.backends import ReplicaPool
+from router.chat import Chat, ChatSettings
+from router.config import RouterConfig
+from router.consent import ConsentBook
+from router.ledger import Ledger
+from router.pairs import PairMemory
+from router.preferences import Preferences
+from router.receipts import ReceiptBook
+from router.schema import ChatLimits
+from router.tables import Tables
+from telemetry.config import TelemetryConfig, open_log, redis_client_async
+from telemetry.event_log import EventLog
+from telemetry.outbox import OutboxLog
+from telemetry.process import signing_key
+
+
+class Services(msgspec.Struct, frozen=True):
+    """What the routes use."""
+
+    key: bytes
+    started_at: int  # unix seconds
+    redis: Redis
+    admission: Admission
+    tables: Tables
+    book: ConsentBook
+    ledger: Ledger
+    chat: Chat
+    preferences: Preferences
+    receipts: ReceiptBook
+    releases: ReleaseDesk
+
+
+def keys_of(config: RouterConfig) -> dict[str, Caller]:
+    """The callers that are known; none in open mode."""
+    return read_keys(Path(config.key_file).expanduser()) if config.key_file else {}
+
+
+@asynccontextmanager
+async def open_services(
+    config: RouterConfig, telemetry: TelemetryConfig, *, event_log: EventLog | None = None
+) -> AsyncIterator[Services]:
+    """Services for one event loop; ``event_log`` takes the place of the configured one."""
+    redis = redis_client_async(telemetry)
+    outbox = OutboxLog(event_log or open_log(telemetry), telemetry.state_path / "outbox" / "router")
+    tables = Tables(redis)
+    pool = ReplicaPool(tables, ready_wait_s=config.ready_wait_s)
+    await tables.refresh()
+    polling = asyncio.create_task(tables.poll(config.table_poll_s))
+    services = _wire(config, signing_key(telemetry.state_path), redis, outbox, tables, pool)
+    try:
+        yield services
+    finally:
+        polling.cancel()
+        await asyncio.gather(polling, return_exceptions=True)
+        await services.ledger.settled()
+        await pool.close()
+        await asyncio.to_thread(outbox.close)
+        await redis.aclose()
+
+
+def _wire(
+    config: RouterConfig, key: bytes, redis: Redis, outbox: OutboxLog, tables: Tables, pool: ReplicaPool
+) -> Services:
+    pairs = PairMemory(redis, config.pair_ttl_s)
+    ledger = Ledger(outbox, redis, pairs, completion_ttl_s=config.completion_ttl_s)
+    book = ConsentBook(redis, pairs_per_minute=config.pairs_per_minute)
+    receipts = ReceiptBook(redis, ledger)
+    admission = Admission(
+        keys_of(config), max_in_flight=config.max_in_flight, max_in_flight_per_key=config.max_in_flight_per_key
+    )
+    settings = ChatSettings(
+        key=key,
+        limits=ChatLimits(config.default_max_tokens, config.max_tokens, config.max_choices),
+        ratios=PairRatios(config.canary_pair_ratio, config.cross_variant_ratio),
+        pair_ratio=config.pair_ratio,
+        pair_ttl_s=config.pair_ttl_s,
+        deadline_s=config.deadline_s,
+    )
+    chat = Chat(settings, admission=admission, tables=tables, pool=pool, book=book, ledger=ledger, draw=random.Random())
+    preferences = Preferences(
+        redis,
+        key=key,
+        pairs=pairs,
+        ledger=ledger,
+        book=receipts,
+        verdict_ttl_s=config.verdict_ttl_s,
+        lease_s=config.claim_lease_s,
+    )
+    return Services(
+        key=key,
+        started_at=int(time.time()),
+        redis=redis,
+        admission=admission,
+        tables=tables,
+        book=book,
+        ledger=ledger,
+        chat=chat,
+        preferences=preferences,
+        receipts=receipts,
+        releases=ReleaseDesk(redis),
+    )

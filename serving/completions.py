@@ -1,0 +1,121 @@
+"""One accepted request and its completions on their way: sampled tokens in, chunks out. Torch-free.
+
+The engine's thread pushes tokens; the chunks they make are collected and delivered once a step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from random import Random, SystemRandom
+
+from serving.prompts import PromptEncoder
+from serving.safety import OutputFilter
+from serving.sampling_rules import Rule, Sampled
+from serving.scheduler import Sequence
+from serving.text_stream import Detokenizer, OutputText
+from serving.wire import Chunk, FinishReason, GenerateRequest, TokenLogprob, TopLogprob
+
+_entropy = SystemRandom()
+
+
+class Ticket:
+    """A request the engine has accepted. ``arrived`` belongs to the event loop, all else to the engine's thread."""
+
+    def __init__(self, request: GenerateRequest, slot: int, tokens: list[int], room: int) -> None:
+        self.request, self.slot, self.tokens = request, slot, tokens
+        self.max_tokens = min(request.sampling.max_tokens, room)
+        self.deadline = time.monotonic() + request.deadline_s
+        self.is_cancelled = False
+        self.arrived: asyncio.Queue[Chunk] = asyncio.Queue()
+        self.unfinished = request.n
+        self._chunks: list[Chunk] = []
+
+    def begin(self, prompts: PromptEncoder, output_filter: OutputFilter) -> list[Completion]:
+        """The n completions; the first one leads and computes the prompt for all."""
+        completions = [Completion(self, index, prompts, output_filter) for index in range(self.request.n)]
+        leader, *forks = completions
+        leader.forks = forks
+        leader.sequence.forks = [fork.sequence for fork in forks]
+        return completions
+
+    def emit(self, chunk: Chunk) -> None:
+        self._chunks.append(chunk)
+        self.unfinished -= chunk.finish_reason is not None
+
+    def take(self) -> list[Chunk]:
+        """The chunks made since the last take."""
+        chunks, self._chunks = self._chunks, []
+        return chunks
+
+
+class Completion:
+    """One of a ticket's completions: its tokens, its visible text, its own dice."""
+
+    def __init__(self, ticket: Ticket, index: int, prompts: PromptEncoder, output_filter: OutputFilter) -> None:
+        request, sampling = ticket.request, ticket.request.sampling
+        self.ticket, self.index, self.made, self.is_ended = ticket, index, 0, False
+        self.forks: list[Completion] = []
+        self.sequence = Sequence(
+            request.version, ticket.slot, list(ticket.tokens), len(ticket.tokens), is_forked=index > 0
+        )
+        seed = _entropy.getrandbits(64) if sampling.seed is None else sampling.seed * 1_000_003 + index
+        self.rule = Rule(sampling.temperature, sampling.top_p, sampling.top_logprobs, Random(seed))
+        self._prompts = prompts
+        self._pieces = Detokenizer(prompts.decode)
+        self._text = OutputText(sampling.stop, output_filter)
+        self._unsent: list[TokenLogprob] = []
+
+    def push(self, sampled: Sampled) -> None:
+        """Take the next token; ends the completion when it is the last one."""
+        if not sampled.is_finite:
+            self.end("error", error="not_finite")
+            return
+        if sampled.token_id in self._prompts.end_ids:
+            self.end("stop")
+            return
+        self.made += 1
+        self.sequence.tokens.append(sampled.token_id)
+        self._unsent.append(self._token(sampled))
+        text = self._text.push(self._pieces.push(sampled.token_id))
+        if self._text.is_stopped or self._text.is_unsafe:
+            self._finish("stop", text)
+        elif self.made == self.ticket.max_tokens:
+            self.end("length", text=text)
+        elif text:
+            self._emit(text)
+
+    def end(self, reason: FinishReason, *, text: str = "", error: str = "") -> None:
+        """End it here: text that was held back comes out, then the last chunk."""
+        if not self.is_ended:
+            self._finish(reason, text + self._text.push(self._pieces.finish(), is_last=True), error)
+
+    def _finish(self, reason: FinishReason, text: str, error: str = "") -> None:
+        self.is_ended = True
+        self.ticket.emit(
+            Chunk(
+                index=self.index,
+                version=self.sequence.version,
+                text=text,
+                tokens=self._take_tokens(),
+                finish_reason=reason,
+                prompt_tokens=self.sequence.prompt_tokens,
+                cached_tokens=self.sequence.cached_tokens,
+                completion_tokens=self.made,
+                is_unsafe=self._text.is_unsafe,
+                error=error,
+            )
+        )
+
+    def _emit(self, text: str) -> None:
+        chunk = Chunk(index=self.index, version=self.sequence.version, text=text, tokens=self._take_tokens())
+        self.ticket.emit(chunk)
+
+    def _take_tokens(self) -> tuple[TokenLogprob, ...]:
+        tokens, self._unsent = tuple(self._unsent), []
+        return tokens
+
+    def _token(self, sampled: Sampled) -> TokenLogprob:
+        name = self._prompts.token_text
+        top = tuple(TopLogprob(name(token_id), logprob) for token_id, logprob in sampled.top)
+        return TokenLogprob(name(sampled.token_id), sampled.token_id, sampled.logprob, top)

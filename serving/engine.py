@@ -1,0 +1,99 @@
+"""The engine seen by its replica: prompts in, chunks out, versions loaded beside each other. Torch-free.
+
+Two implementations, one contract (tests/contract/test_engine.py): ``transformers_engine`` and
+``echo_engine``. A request names one version and is pinned to it until its last chunk; unloading waits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+
+from serving.errors import InvalidRequest
+from serving.wire import Chunk, GenerateRequest
+from telemetry.manifest import Manifest
+
+MAX_N = 8
+MAX_TOP_LOGPROBS = 20
+MAX_STOPS = 16
+
+
+class EngineStatus(msgspec.Struct, frozen=True):
+    """What an engine holds and does now."""
+
+    versions: tuple[str, ...]  # ready, the base version first
+    loading: tuple[str, ...]
+    draining: tuple[str, ...]
+    failed: dict[str, str]
+    in_flight: dict[str, int]  # version → requests
+    free_slots: int
+    queued: int  # requests that wait for a place in the batch
+    running: int  # sequences in the batch
+
+
+class ChunkStream(AsyncIterator[Chunk], Protocol):
+    """The chunks of one accepted request. Use with ``contextlib.aclosing``."""
+
+    async def aclose(self) -> None:
+        """Cancel what is left and let the version go; harmless when all is done, needed even if nothing was read."""
+        ...
+
+
+class Engine(Protocol):
+    """One base model and the versions over it. Called from one event loop."""
+
+    base_version: str
+
+    async def start(self) -> None:
+        """Load the base model; raises UnsupportedModel when it would not be served right."""
+        ...
+
+    async def submit(self, request: GenerateRequest) -> ChunkStream:
+        """Accept ``request`` and return its chunks; closing the stream cancels what is left of it.
+
+        Raises InvalidRequest, PromptTooLong, VersionNotReady, Overloaded or EngineClosed before any chunk.
+        """
+        ...
+
+    async def load(self, version: str, folder: Path, manifest: Manifest) -> None:
+        """Put the verified version into a free slot and make it ready; nothing to do when it is there.
+
+        Raises VersionRefused, NoFreeSlot, or VersionNotReady while it is loading or draining.
+        """
+        ...
+
+    async def unload(self, version: str) -> None:
+        """Take no further request for ``version`` and free its slot once none is in flight."""
+        ...
+
+    def status(self) -> EngineStatus: ...
+
+    def is_healthy(self) -> bool:
+        """False when the engine can never answer again."""
+        ...
+
+    async def close(self) -> None:
+        """Cancel what runs and free everything."""
+        ...
+
+
+def check_request(request: GenerateRequest) -> None:
+    """Raise InvalidRequest for parameters that no engine takes."""
+    sampling = request.sampling
+    checks = (
+        (bool(request.messages), "messages: at least one message is needed"),
+        (1 <= request.n <= MAX_N, f"n: 1 to {MAX_N}"),
+        (sampling.max_tokens >= 1, "max_tokens: at least 1"),
+        (math.isfinite(sampling.temperature) and 0 <= sampling.temperature <= 2, "temperature: 0 to 2"),
+        (0 < sampling.top_p <= 1, "top_p: above 0, at most 1"),
+        (len(sampling.stop) <= MAX_STOPS and all(sampling.stop), f"stop: up to {MAX_STOPS} non-empty texts"),
+        (0 <= sampling.top_logprobs <= MAX_TOP_LOGPROBS, f"top_logprobs: 0 to {MAX_TOP_LOGPROBS}"),
+        (request.deadline_s > 0, "deadline_s: above 0"),
+    )
+    for is_fine, message in checks:
+        if not is_fine:
+            raise InvalidRequest(message)

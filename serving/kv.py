@@ -1,0 +1,151 @@
+"""Keys and values of all sequences in dense rows, and the attention over them.
+
+One tensor [layers, rows, L, K, D] each for keys and values; a sequence owns one row. Decoders occupy rows
+0…n-1, so their attention is one call over a view, whatever models' versions they belong to. Left out:
+paging; a row is as long as the context, and untouched memory is never mapped on a CPU.
+
+Dimensions: R rows, L places in a row, K key-value heads, G query heads per key-value head, D head size,
+T tokens of the step, N decoding sequences.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+from serving.scheduler import Copy
+
+ATTENTION = "tiebreak_rows"
+
+
+class KvRows:
+    """The memory: written and read through a StepKv, rows copied for forks, prefixes and moves."""
+
+    def __init__(
+        self, *, layers: int, rows: int, length: int, heads: int, head_size: int, dtype: torch.dtype, device: str
+    ) -> None:
+        # zeroed, because masked places still enter a sum with weight 0, and 0 · NaN is NaN
+        shape = (layers, rows, length, heads, head_size)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+
+    def copy(self, copies: list[Copy]) -> None:
+        """Carry out row copies in order."""
+        for source, target, length in copies:
+            for tensor in (self.keys, self.values):
+                tensor[:, target, :length] = tensor[:, source, :length]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A stretch of one prompt inside the step: tokens first…last, at places start…stop of ``row``."""
+
+    first: int
+    last: int
+    row: int
+    start: int
+    stop: int
+
+
+@dataclass(slots=True)
+class StepKv:
+    """Everything attention needs to know about one step; handed through the model's keyword arguments."""
+
+    kv: KvRows
+    places_T: Tensor  # row · L + position of each token
+    decoding: int
+    decode_at: slice | Tensor  # which of the T tokens decode, in row order
+    lengths: list[int]  # of the decoders, the new token included
+    prompts: list[Prompt]
+    masks: dict[Any, Tensor | None]
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
+        """[H, T, D], [K, T, D], [K, T, D] → [T, H, D]; the step's keys and values are stored first."""
+        keys, values = self.kv.keys[layer], self.kv.values[layer]
+        size = key.shape[0] * key.shape[2]
+        keys.view(-1, size).index_copy_(0, self.places_T, key.transpose(0, 1).reshape(-1, size))
+        values.view(-1, size).index_copy_(0, self.places_T, value.transpose(0, 1).reshape(-1, size))
+        query = query.transpose(0, 1)  # [T, H, D]
+        if not self.prompts and isinstance(self.decode_at, slice):
+            return self._decode(query, keys, values, scale, window)
+        output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        if self.decoding:
+            output[self.decode_at] = self._decode(query[self.decode_at], keys, values, scale, window)
+        for prompt in self.prompts:
+            read = self._read(prompt, query[prompt.first : prompt.last], keys, values, scale, window)
+            output[prompt.first : prompt.last] = read
+        return output
+
+    def _decode(self, query: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None) -> Tensor:
+        """One query token per row: the query heads that share keys stand in for query positions."""
+        rows, longest = self.decoding, max(self.lengths)
+        heads, size = keys.shape[2:]
+        grouped = query.reshape(rows, heads, -1, size)  # [N, K, G, D]
+        output = scaled_dot_product_attention(
+            grouped,
+            keys[:rows, :longest].transpose(1, 2),
+            values[:rows, :longest].transpose(1, 2),
+            attn_mask=self._decode_mask(longest, window, query),
+            scale=scale,
+        )
+        return output.reshape(query.shape)
+
+    def _decode_mask(self, longest: int, window: int | None, like: Tensor) -> Tensor | None:
+        """[N, 1, 1, L] additive; None when every row is exactly as long as the view."""
+        if ("decode", window) not in self.masks:
+            mask = None
+            if min(self.lengths) < longest or (window is not None and longest > window):
+                places = torch.arange(longest, device=like.device)
+                ends = torch.tensor(self.lengths, device=like.device)[:, None]
+                is_seen = places < ends if window is None else (places < ends) & (places >= ends - window)
+                mask = _additive(is_seen, like.dtype)[:, None, None, :]
+            self.masks["decode", window] = mask
+        return self.masks["decode", window]
+
+    def _read(
+        self, prompt: Prompt, query: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None
+    ) -> Tensor:
+        """A stretch of a prompt against all of its row so far."""
+        tokens, heads, size = query.shape[0], keys.shape[2], keys.shape[3]
+        grouped = query.view(tokens, heads, -1, size).permute(1, 2, 0, 3)  # [K, G, T, D]
+        output = scaled_dot_product_attention(
+            grouped.reshape(1, heads, -1, size),
+            keys[prompt.row, : prompt.stop].transpose(0, 1)[None],
+            values[prompt.row, : prompt.stop].transpose(0, 1)[None],
+            attn_mask=self._prompt_mask(prompt, grouped.shape[1], window, query),
+            scale=scale,
+        )
+        return output.view(heads, -1, tokens, size).permute(2, 0, 1, 3).reshape(query.shape)
+
+    def _prompt_mask(self, prompt: Prompt, groups: int, window: int | None, like: Tensor) -> Tensor:
+        """[G · T, L] additive, causal from the stretch's start."""
+        if (prompt, window) not in self.masks:
+            places = torch.arange(prompt.stop, device=like.device)
+            ends = torch.arange(prompt.start, prompt.stop, device=like.device)[:, None]
+            is_seen = places <= ends if window is None else (places <= ends) & (places > ends - window)
+            self.masks[prompt, window] = _additive(is_seen, like.dtype).repeat(groups, 1)
+        mask = self.masks[prompt, window]
+        assert mask is not None
+        return mask
+
+
+def _additive(is_seen: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(is_seen.shape, dtype=dtype, device=is_seen.device).masked_fill_(~is_seen, -torch.inf)
+
+
+def _attention(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    *, scaling: float, step_kv: StepKv, sliding_window: int | None = None, **_: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """transformers' attention interface: [1, heads, T, D] in, [1, T, heads, D] out."""
+    layer = module.layer_idx
+    assert isinstance(layer, int)
+    return step_kv.attend(layer, query[0], key[0], value[0], scaling, sliding_window)[None], None
+
+
+AttentionInterface.register(ATTENTION, _attention)

@@ -1,0 +1,161 @@
+"""Many versions in one batch: linears that add, per stretch of tokens, the low-rank delta of its version.
+
+Linears that read the same input (q, k, v; gate, up) are fused, base and adapter alike: one base matmul, one
+A-matmul, one B-matmul for the group, B block-diagonal. Adapters lie in preallocated slots; slot 0 is the
+base and costs nothing, and a step whose tokens are all of one version does two plain matmuls a group.
+
+Dimensions: I inputs, O outputs of the whole group, M members, R rank, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+class Segment(NamedTuple):
+    """Tokens start…stop of the step belong to the version in ``slot``."""
+
+    slot: int
+    start: int
+    stop: int
+
+
+class ShapeMismatch(ValueError):
+    """An adapter's tensors do not fit the base model they are meant for."""
+
+
+class FusedLinear(nn.Module):
+    """One matmul for linears of one input, with the adapters of all slots."""
+
+    def __init__(self, members: list[nn.Linear], stack: LoraStack) -> None:
+        super().__init__()
+        first = members[0]
+        self.sizes = [member.out_features for member in members]
+        self.weight = nn.Parameter(torch.cat([m.weight.data for m in members]), requires_grad=False)
+        self.bias: Tensor | None = None
+        if any(member.bias is not None for member in members):
+            parts = [m.weight.new_zeros(m.out_features) if m.bias is None else m.bias.data for m in members]
+            self.bias = torch.cat(parts)
+        self._stack = stack
+        width, outputs = len(members) * stack.rank_max, sum(self.sizes)
+        device = first.weight.device
+        self.a = torch.zeros(stack.slots + 1, first.in_features, width, dtype=stack.dtype, device=device)
+        self.b = torch.zeros(stack.slots + 1, width, outputs, dtype=stack.dtype, device=device)
+        self._input: Tensor | None = None
+        self._outputs: tuple[Tensor, ...] = ()
+
+    def member(self, index: int, x: Tensor) -> Tensor:
+        """Output ``index``; the whole group is computed when its first member sees the input."""
+        if x is not self._input:
+            self._input, self._outputs = x, torch.split(self._compute(x), self.sizes, dim=-1)
+        output = self._outputs[index]
+        if index == len(self.sizes) - 1:
+            self._input, self._outputs = None, ()
+        return output
+
+    def _compute(self, x: Tensor) -> Tensor:
+        y = linear(x, self.weight, self.bias)
+        if self._stack.segments:
+            self._add_deltas(x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1]))
+        return y
+
+    def _add_deltas(self, x_TI: Tensor, y_TO: Tensor) -> None:
+        x_TI = x_TI.to(self.a.dtype)
+        for slot, start, stop in self._stack.segments:
+            rank = self._stack.ranks[slot] * len(self.sizes)
+            if not rank:
+                continue
+            low_TR = x_TI[start:stop] @ self.a[slot, :, :rank]
+            if y_TO.dtype == low_TR.dtype:
+                y_TO[start:stop].addmm_(low_TR, self.b[slot, :rank])
+            else:
+                y_TO[start:stop] += low_TR @ self.b[slot, :rank]
+
+    def write(self, slot: int, index: int, a_RI: Tensor, b_OR: Tensor) -> None:
+        """Put one member's adapter into ``slot``; its rank is the stack's rank for that slot."""
+        rank = self._stack.ranks[slot]
+        before = sum(self.sizes[:index])
+        rows = slice(index * rank, (index + 1) * rank)
+        self.a[slot, :, rows].copy_(a_RI.T)
+        self.b[slot, rows, before : before + self.sizes[index]].copy_(b_OR.T)
+
+
+class Member(nn.Module):
+    """Stands where one of the group's linears stood."""
+
+    def __init__(self, group: FusedLinear, index: int) -> None:
+        super().__init__()
+        self.group = (group,)  # in a tuple: the group is registered once, under its own name
+        self.index = index
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.group[0].member(self.index, x)
+
+
+class LoraStack:
+    """All fused linears of a model; ``segments`` says which version each token of the step belongs to."""
+
+    def __init__(self, model: nn.Module, *, slots: int, rank_max: int, dtype: torch.dtype) -> None:
+        self.slots, self.rank_max, self.dtype = slots, rank_max, dtype
+        self.ranks = [0] * (slots + 1)
+        self.segments: list[Segment] = []
+        self.targets: dict[str, tuple[FusedLinear, int]] = {}
+        for name, parent in list(model.named_modules()):
+            self._fuse_children(name, parent, keep=model.get_output_embeddings())  # type: ignore[operator]
+
+    def _fuse_children(self, name: str, parent: nn.Module, keep: nn.Module) -> None:
+        linears = {k: m for k, m in parent.named_children() if type(m) is nn.Linear and m is not keep}
+        groups = [list(g) for g in SHARED_INPUTS if all(member in linears for member in g)]
+        groups += [[k] for k in linears if not any(k in group for group in groups)]
+        for group in groups:
+            fused = FusedLinear([linears[k] for k in group], self)
+            parent.add_module("fused_" + "_".join(group), fused)
+            for index, child in enumerate(group):
+                setattr(parent, child, Member(fused, index))
+                self.targets[f"{name}.{child}"] = (fused, index)
+
+    def set_segments(self, slots_T: list[int]) -> None:
+        """Note the versions of a step's tokens, which are sorted by slot."""
+        segments: list[Segment] = []
+        for i, slot in enumerate(slots_T):
+            if segments and segments[-1].slot == slot:
+                segments[-1] = Segment(slot, segments[-1].start, i + 1)
+            else:
+                segments.append(Segment(slot, i, i + 1))
+        self.segments = [segment for segment in segments if segment.slot]
+
+    def write(self, slot: int, tensors: Mapping[str, Tensor], *, rank: int, scaling: float) -> None:
+        """Fill a slot that no request uses from ``<module>.lora_{A,B}.weight``; raises ShapeMismatch.
+
+        Safe beside a running step: nothing reads the slot before its version is ready.
+        """
+        if rank > self.rank_max:
+            raise ShapeMismatch(f"rank {rank} is above rank_max {self.rank_max} of this base model's configuration")
+        self.ranks[slot] = rank
+        written = 0
+        for name, (group, index) in self.targets.items():
+            a_RI, b_OR = tensors.get(f"{name}.lora_A.weight"), tensors.get(f"{name}.lora_B.weight")
+            if a_RI is None or b_OR is None:
+                continue
+            wanted = ((rank, group.a.shape[1]), (group.sizes[index], rank))
+            if (tuple(a_RI.shape), tuple(b_OR.shape)) != wanted:
+                raise ShapeMismatch(f"{name}: A {tuple(a_RI.shape)}, B {tuple(b_OR.shape)}; expected {wanted}")
+            group.write(slot, index, a_RI, b_OR * scaling)
+            written += 2
+        if written != len(tensors):
+            unknown = sorted({n.rsplit(".lora_", 1)[0] for n in tensors} - set(self.targets))
+            raise ShapeMismatch(f"{len(tensors) - written} tensors have no place in the base model: {unknown[:3]} …")
+
+    def clear(self, slot: int) -> None:
+        """Empty a slot, so that the next adapter meets zeros where it has no tensors."""
+        self.ranks[slot] = 0
+        for group in {id(group): group for group, _ in self.targets.values()}.values():
+            group.a[slot].zero_()
+            group.b[slot].zero_()

@@ -1,0 +1,340 @@
+"""Continuous batching over a transformers model: one thread steps, the event loop accepts and delivers.
+
+Each turn drops what was cancelled or is too late, runs the scheduler's plan, samples one token per sequence
+and hands the new text over with one wake-up of the event loop. With nothing to do the thread sleeps. A
+version's requests pin its slot from acceptance to their last chunk, so weights never change under an answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import threading
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Self
+
+import torch
+from transformers import AutoTokenizer
+
+from serving.adapters import load_adapter
+from serving.completions import Completion, Ticket
+from serving.engine import ChunkStream, EngineStatus, check_request
+from serving.errors import (
+    EngineClosed,
+    EngineFailed,
+    InvalidRequest,
+    Overloaded,
+    PromptTooLong,
+    VersionRefused,
+)
+from serving.prompts import PromptEncoder
+from serving.runner import Runner
+from serving.safety import OutputFilter
+from serving.sampling import sample
+from serving.scheduler import Plan, Scheduler, Sequence
+from serving.slots import SlotTable
+from serving.wire import Chunk, GenerateRequest, Sampling
+from telemetry.events import Message
+from telemetry.manifest import Manifest, base_digest, base_version
+from telemetry.metrics import TOKENS
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """What the engine is built with; serving/config.py documents each value."""
+
+    base: str = "base"
+    device: str = "auto"
+    dtype: str = "auto"
+    threads: int = 0
+    slots: int = 8
+    rank_max: int = 16
+    max_context: int = 2048
+    max_batch: int = 16
+    max_queue: int = 64
+    cache_rows: int = 8
+    chunk_tokens: int = 64
+    idle_chunk_tokens: int = 256
+
+
+class TransformersEngine:
+    """Serves the transformers model in ``folder``; see ``serving.engine.Engine`` for the contract."""
+
+    def __init__(self, folder: Path, options: EngineOptions, output_filter: OutputFilter) -> None:
+        self.base_version = base_version(base_digest(folder))
+        self._folder, self._options, self._filter = folder, options, output_filter
+        self._slots = SlotTable(options.slots, self.base_version)
+        self._scheduler = Scheduler(
+            max_batch=options.max_batch,
+            cache_rows=options.cache_rows,
+            chunk_tokens=options.chunk_tokens,
+            idle_chunk_tokens=options.idle_chunk_tokens,
+        )
+        self._running: dict[Sequence, Completion] = {}
+        self._wake = threading.Condition()
+        self._arrived: list[Ticket] = []  # guarded by _wake, as are the two below
+        self._forgotten: list[str] = []
+        self._is_closed = False
+        self._failure: BaseException | None = None
+        self._thread: threading.Thread | None = None
+
+    async def start(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        await asyncio.to_thread(self._load_base)
+        self._thread = threading.Thread(target=self._serve, name=f"engine-{self._options.base}", daemon=True)
+        self._thread.start()
+
+    def _load_base(self) -> None:
+        options = self._options
+        device = options.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        torch.set_num_threads(options.threads or os.cpu_count() or 1)
+        self._runner = Runner(
+            self._folder,
+            dtype=_dtype(options.dtype, device),
+            device=device,
+            slots=options.slots,
+            rank_max=options.rank_max,
+            rows=options.max_batch + options.cache_rows,
+            max_context=options.max_context,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(self._folder)
+        self._prompts = PromptEncoder(tokenizer, self._runner.model.generation_config)
+
+    async def submit(self, request: GenerateRequest) -> ChunkStream:
+        return self._accept(request, is_warming=False)
+
+    def _accept(self, request: GenerateRequest, *, is_warming: bool) -> _Stream:
+        check_request(request)
+        if request.n > self._options.max_batch:
+            raise InvalidRequest(f"n: at most {self._options.max_batch}, the batch of this replica")
+        tokens = self._prompts.encode(request.messages)
+        room = self._runner.max_context - len(tokens)
+        if room < 1:
+            raise PromptTooLong(f"the prompt has {len(tokens)} tokens; this model's context is {room + len(tokens)}")
+        with self._wake:
+            if self._failure is not None:
+                raise EngineFailed() from self._failure
+            if self._is_closed:
+                raise EngineClosed()
+            if self.queued >= self._options.max_queue:
+                raise Overloaded(f"{self.queued} requests wait already; try again in a moment")
+            slot = self._slots.pin(request.version, is_warming=is_warming)
+            ticket = Ticket(request, slot, tokens, room)
+            self._arrived.append(ticket)
+            self._wake.notify()
+        return _Stream(self, ticket)
+
+    @property
+    def queued(self) -> int:
+        """Requests that wait for a place in the batch."""
+        return len(self._arrived) + len(self._scheduler.waiting)
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Stop a request before the next step; harmless when it is done."""
+        with self._wake:
+            ticket.is_cancelled = True
+            self._wake.notify()
+
+    async def load(self, version: str, folder: Path, manifest: Manifest) -> None:
+        slot = self._slots.reserve(version)
+        if slot is None:
+            return
+        try:
+            await asyncio.to_thread(load_adapter, self._runner.lora, slot, folder, manifest)
+            await self._warm(version)
+        except BaseException as error:
+            self._runner.lora.clear(slot)
+            self._slots.fail(version, str(error) or type(error).__name__)
+            with self._wake:
+                self._forgotten.append(version)
+            raise
+        self._slots.set_ready(version)
+
+    async def _warm(self, version: str) -> None:
+        """One token from a version nobody sees yet; raises VersionRefused when it is not a number."""
+        request = GenerateRequest(
+            request_id=f"warm-{version}",
+            version=version,
+            messages=(Message("user", "Hello"),),
+            sampling=Sampling(max_tokens=1, temperature=0.0),
+            deadline_s=60.0,
+        )
+        stream = self._accept(request, is_warming=True)
+        chunks = [chunk async for chunk in stream]
+        if chunks[-1].finish_reason in ("error", "cancelled"):
+            raise VersionRefused(f"{version}: the first token failed: {chunks[-1].error or 'cancelled'}")
+
+    async def unload(self, version: str) -> None:
+        await asyncio.wrap_future(self._slots.drain(version))
+        with self._wake:
+            self._forgotten.append(version)
+        if (slot := self._slots.slot_of(version)) is not None:
+            await asyncio.to_thread(self._runner.lora.clear, slot)
+        self._slots.free(version)
+
+    def status(self) -> EngineStatus:
+        slots = self._slots
+        return EngineStatus(
+            versions=slots.names("ready"),
+            loading=slots.names("loading"),
+            draining=slots.names("draining"),
+            failed=slots.failed(),
+            in_flight=slots.in_flight(),
+            free_slots=slots.free_slots(),
+            queued=self.queued,
+            running=len(self._scheduler.rows),
+        )
+
+    def is_healthy(self) -> bool:
+        return self._failure is None and self._thread is not None and self._thread.is_alive()
+
+    async def close(self) -> None:
+        with self._wake:
+            self._is_closed = True
+            self._wake.notify()
+        if self._thread is not None:
+            await asyncio.to_thread(self._thread.join)
+
+    def _serve(self) -> None:
+        """The engine's thread: until closed, take what arrived and step; a failure ends every request."""
+        torch.set_num_threads(self._options.threads or os.cpu_count() or 1)
+        try:
+            while self._take():
+                self._end_unwanted()
+                plan = self._scheduler.plan()
+                if plan.work:
+                    self._step(plan)
+        except Exception as error:
+            log.exception("the engine failed", extra={"action": "engine_failed", "base": self._options.base})
+            with self._wake:
+                self._failure = error
+        self._end_all("engine_failed" if self._failure else "shutting_down")
+
+    def _take(self) -> bool:
+        """Queue what arrived, sleeping while there is nothing at all to do; False when closed."""
+        with self._wake:
+            while not (self._arrived or self._running or self._is_closed):
+                self._wake.wait()
+            arrived, self._arrived = self._arrived, []
+            forgotten, self._forgotten = self._forgotten, []
+            is_closed = self._is_closed
+            for ticket in arrived:
+                completions = ticket.begin(self._prompts, self._filter)
+                self._running |= {completion.sequence: completion for completion in completions}
+                self._scheduler.add(completions[0].sequence)
+        for version in forgotten:
+            self._scheduler.forget(version)
+        return not is_closed
+
+    def _end_unwanted(self) -> None:
+        """End what was cancelled or passed its deadline."""
+        now = time.monotonic()
+        for completion in list(self._running.values()):
+            if completion.ticket.is_cancelled:
+                completion.end("cancelled")
+            elif now > completion.ticket.deadline:
+                completion.end("cancelled", error="deadline_exceeded")
+        self._retire()
+
+    def _step(self, plan: Plan) -> None:
+        logits = self._runner.run(plan)
+        self._runner.kv.copy(self._scheduler.advance(plan))
+        sampled_from, completions = [], []
+        for row, work in enumerate(w for w in plan.work if w.is_last):
+            family = self._family(work.sequence)
+            completions += family
+            sampled_from += [row] * len(family)
+        with torch.inference_mode():
+            if len(completions) > logits.shape[0]:
+                logits = logits[torch.tensor(sampled_from, device=logits.device)]
+            sampled = sample(logits, [completion.rule for completion in completions])
+        for completion, token in zip(completions, sampled, strict=True):
+            completion.push(token)
+        for version in {completion.sequence.version for completion in completions}:
+            count = sum(completion.sequence.version == version for completion in completions)
+            TOKENS.labels(self._options.base, version).inc(count)
+        self._retire()
+
+    def _family(self, sequence: Sequence) -> list[Completion]:
+        """The completions that take their next token from these logits: forks begin with their leader's."""
+        completion = self._running[sequence]
+        if completion.made or not completion.forks:
+            return [completion]
+        return [completion, *completion.forks]
+
+    def _retire(self) -> None:
+        """Take ended completions out of the batch, deliver what is new, let versions go."""
+        ended = {sequence for sequence, completion in self._running.items() if completion.is_ended}
+        tickets = {completion.ticket for completion in self._running.values()}
+        if ended:
+            self._scheduler.drop(ended)
+            self._runner.kv.copy(self._scheduler.retire(ended))
+            for sequence in ended:
+                del self._running[sequence]
+        deliveries = [(ticket, chunks) for ticket in tickets if (chunks := ticket.take())]
+        for ticket in tickets:
+            if not ticket.unfinished:
+                self._slots.unpin(ticket.request.version)
+        if deliveries:
+            self._loop.call_soon_threadsafe(_deliver, deliveries)
+
+    def _end_all(self, error: str) -> None:
+        with self._wake:
+            self._is_closed = True
+        self._take()
+        for completion in self._running.values():
+            completion.end("error" if self._failure else "cancelled", error=error)
+        tickets = {completion.ticket for completion in self._running.values()}
+        self._running.clear()
+        for ticket in tickets:
+            self._slots.unpin(ticket.request.version)
+        deliveries = [(ticket, ticket.take()) for ticket in tickets]
+        if deliveries and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(_deliver, deliveries)
+
+
+class _Stream:
+    """One request's chunks as they arrive."""
+
+    def __init__(self, engine: TransformersEngine, ticket: Ticket) -> None:
+        self._cancel = partial(engine.cancel, ticket)
+        self._ticket = ticket
+        self._left = ticket.request.n
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Chunk:
+        if not self._left:
+            raise StopAsyncIteration
+        chunk = await self._ticket.arrived.get()
+        self._left -= chunk.finish_reason is not None
+        return chunk
+
+    async def aclose(self) -> None:
+        if self._left:
+            self._cancel()
+
+
+def _deliver(deliveries: list[tuple[Ticket, list[Chunk]]]) -> None:
+    for ticket, chunks in deliveries:
+        for chunk in chunks:
+            ticket.arrived.put_nowait(chunk)
+
+
+def _dtype(name: str, device: str) -> torch.dtype:
+    """``auto``: bf16 where the hardware multiplies it, else fp32 (a CPU without it is several times slower)."""
+    if name != "auto":
+        dtype = getattr(torch, name)
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+    has_bf16 = device != "cpu" or torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if has_bf16 else torch.float32

@@ -1,0 +1,85 @@
+"""What both event logs do between ``append`` and their writer thread: queue, start the thread, stop it.
+
+The writer takes entries in order and resolves their futures; an entry's ``deadline`` says until when it may wait for
+a log that does not answer.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+
+import msgspec
+
+from telemetry.event_log import MAX_PAYLOAD_BYTES, EntryTooLarge, Position
+
+
+class Append(msgspec.Struct):
+    """One queued entry."""
+
+    topic: str
+    key: str
+    payload: bytes
+    deadline: float  # time.monotonic
+    future: Future[Position]
+
+
+class AppendQueue:
+    """Entries on their way to one writer thread, which starts with the first entry."""
+
+    def __init__(self, write: Callable[[], None], timeout_s: float, name: str) -> None:
+        self._write = write
+        self._timeout_s = timeout_s
+        self._name = name
+        self._queue: queue.SimpleQueue[Append | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._writer: threading.Thread | None = None
+        self._is_closed = False
+
+    def put(self, topic: str, key: str, payload: bytes) -> Future[Position]:
+        """Queue one entry for the writer."""
+        future: Future[Position] = Future()
+        future.set_running_or_notify_cancel()  # what is queued may already be durable: it cannot be cancelled
+        if len(payload) > MAX_PAYLOAD_BYTES:
+            future.set_exception(
+                EntryTooLarge(f"{topic}: an entry of {len(payload)} bytes; the log takes {MAX_PAYLOAD_BYTES}")
+            )
+            return future
+        with self._lock:
+            if self._is_closed:
+                raise RuntimeError("the event log was closed; open another")
+            if self._writer is None:
+                self._writer = threading.Thread(target=self._write, name=self._name, daemon=True)
+                self._writer.start()
+            self._queue.put(Append(topic, key, payload, time.monotonic() + self._timeout_s, future))
+        return future
+
+    def get(self) -> Append | None:
+        """Writer: the next entry, waiting for it; None after the last one."""
+        return self._queue.get()
+
+    def get_group(self, most: int) -> tuple[list[Append], bool]:
+        """Writer: wait for one entry, then take what else has gathered; True after the last one."""
+        item = self._queue.get()
+        group: list[Append] = []
+        while item is not None:
+            group.append(item)
+            if len(group) == most:
+                return group, False
+            try:
+                item = self._queue.get_nowait()
+            except queue.Empty:
+                return group, False
+        return group, True
+
+    def close(self) -> None:
+        """Let the writer finish what is queued, and wait for it."""
+        with self._lock:
+            self._is_closed = True
+            writer, self._writer = self._writer, None
+        if writer is not None:
+            self._queue.put(None)
+            writer.join()

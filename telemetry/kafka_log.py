@@ -1,0 +1,301 @@
+"""The production event log: Kafka, an idempotent producer with acks=all, a reader without a consumer group.
+
+``append`` never blocks: a writer thread connects, makes topics and hands entries to the producer, whose callbacks
+resolve the futures. After a failed delivery the producer is replaced, so that no sequence gap outlives it. The
+reader assigns partitions by itself and starts where its caller says. A topic that was re-created and has already
+grown past the old position cannot be told from the old one: Kafka's offsets start at 0 again.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition  # type: ignore[import-untyped]
+from kafka.errors import (  # type: ignore[import-untyped]
+    KafkaError,
+    LogTruncationError,
+    OffsetOutOfRangeError,
+    TopicAlreadyExistsError,
+)
+
+from telemetry.append_queue import Append, AppendQueue
+from telemetry.config import TelemetryConfig
+from telemetry.event_log import Entry, LogUnavailable, Offsets, Position, PositionLost
+from telemetry.events import DEAD_LETTERS, VERSIONS
+
+log = logging.getLogger(__name__)
+
+RECONNECT_S: Final = 0.2
+CHECK_S: Final = 0.5  # a reader asks this often whether brokers, position and partitions are still as they were
+READ_TIMEOUT_S: Final = 5.0
+MAX_REQUEST_BYTES: Final = 1_048_576  # the brokers' default message.max.bytes
+ONE_PARTITION: Final = frozenset({VERSIONS, DEAD_LETTERS})
+
+
+class Cluster(msgspec.Struct, frozen=True, kw_only=True):
+    """How to reach the brokers and what new topics look like."""
+
+    client: dict[str, Any]  # kafka-python's connection settings
+    partitions: int
+    replication: int
+    prefix: str
+
+    def require(self, timeout_s: float) -> None:
+        """Raise OSError when no bootstrap address accepts a connection: clients that fail to start leak threads."""
+        addresses: list[str] = self.client["bootstrap_servers"]
+        for address in addresses:
+            host, port = address.rsplit(":", 1)
+            try:
+                socket.create_connection((host.strip("[]"), int(port)), timeout_s).close()
+                return
+            except OSError as error:
+                refused = error
+        raise ConnectionError(f"no broker at {', '.join(addresses)}: {refused}")
+
+    def name(self, topic: str) -> str:
+        return self.prefix + topic
+
+    def admin(self, connect_s: float) -> KafkaAdminClient:
+        self.require(connect_s)
+        timeouts = {"bootstrap_timeout_ms": int(connect_s * 1000), "request_timeout_ms": int(READ_TIMEOUT_S * 1000)}
+        return KafkaAdminClient(**self.client, **timeouts)
+
+    def make_topics(self, admin: KafkaAdminClient, topics: Sequence[str]) -> None:
+        """Create those of ``topics`` that are missing, and wait until their partitions have leaders."""
+        present = set(admin.list_topics())
+        for topic in topics:
+            name = self.name(topic)
+            partitions = 1 if topic in ONE_PARTITION else self.partitions
+            wanted = {name: {"num_partitions": partitions, "replication_factor": self.replication}}
+            if name in present:
+                continue
+            try:
+                admin.create_topics(wanted, wait_for_metadata=True)
+            except TopicAlreadyExistsError:  # another process was faster
+                admin.wait_for_topics([name])
+
+
+def kafka_log(config: TelemetryConfig) -> KafkaLog:
+    """The log that ``[telemetry]`` describes."""
+    return KafkaLog(cluster_of(config), config.append_timeout_s)
+
+
+def cluster_of(config: TelemetryConfig) -> Cluster:
+    """The cluster that ``[telemetry]`` describes; reads the password's file."""
+    client: dict[str, Any] = {
+        "bootstrap_servers": [address.strip() for address in config.kafka_bootstrap.split(",")],
+        "security_protocol": config.kafka_security_protocol,
+        "reconnect_backoff_max_ms": 500,
+    }
+    for name in ("ssl_cafile", "ssl_certfile", "ssl_keyfile", "sasl_mechanism"):
+        client[name] = getattr(config, f"kafka_{name}") or None
+    if config.kafka_sasl_mechanism:
+        client["sasl_plain_username"] = config.kafka_sasl_username
+        client["sasl_plain_password"] = Path(config.kafka_sasl_password_file).read_text().strip()
+    return Cluster(
+        client=client,
+        partitions=config.kafka_partitions,
+        replication=config.kafka_replication,
+        prefix=config.kafka_topic_prefix,
+    )
+
+
+class KafkaLog:
+    """``EventLog`` on Kafka. Connects in the background; a lost connection is made again by itself."""
+
+    def __init__(self, cluster: Cluster, append_timeout_s: float = 1.0) -> None:
+        self._cluster = cluster
+        self._timeout_s = append_timeout_s
+        self._queue = AppendQueue(self._write, append_timeout_s, "kafka-log-writer")
+        # The writer thread's own:
+        self._producer: KafkaProducer | None = None
+        self._topics: set[str] = set()  # known to exist
+        self._has_failed = threading.Event()
+        self._trouble: Exception | None = None  # why the last try to hand over an entry failed
+
+    def append(self, topic: str, key: str, payload: bytes) -> Future[Position]:
+        return self._queue.put(topic, key, payload)
+
+    def reader(self, topics: Sequence[str], start: Offsets) -> KafkaReader:
+        return KafkaReader(self._cluster, topics, start)
+
+    def close(self) -> None:
+        self._queue.close()
+
+    def _write(self) -> None:
+        while (item := self._queue.get()) is not None:
+            self._send(item)
+        self._drop_producer(flush_s=self._timeout_s)
+
+    def _send(self, item: Append) -> None:
+        """Hand the entry to the producer, connecting as long as the entry has time."""
+        while True:
+            if self._trouble is not None and time.monotonic() > item.deadline:
+                item.future.set_exception(_unavailable(self._trouble))
+                return
+            try:
+                producer = self._connected(item.topic)
+                sent = producer.send(self._cluster.name(item.topic), item.payload, item.key.encode())
+            except (KafkaError, OSError, ValueError) as error:  # ValueError: partitions not known yet
+                self._trouble = error
+                self._drop_producer()
+                time.sleep(RECONNECT_S)
+                continue
+            self._trouble = None
+            sent.add_callback(self._on_acknowledged, item)
+            sent.add_errback(self._on_failed, item)
+            return
+
+    def _on_acknowledged(self, item: Append, metadata: Any) -> None:
+        item.future.set_result(Position(item.topic, metadata.partition, metadata.offset))
+
+    def _on_failed(self, item: Append, error: BaseException) -> None:
+        self._has_failed.set()
+        item.future.set_exception(_unavailable(error))
+
+    def _connected(self, topic: str) -> KafkaProducer:
+        """A producer that has not failed yet, with ``topic`` known to exist."""
+        if self._has_failed.is_set():
+            self._drop_producer()
+        if topic not in self._topics:
+            with self._cluster.admin(self._timeout_s) as admin:
+                self._cluster.make_topics(admin, [topic])
+            self._topics.add(topic)
+        if self._producer is None:
+            self._cluster.require(self._timeout_s)
+            timeout_ms = max(500, int(self._timeout_s * 1000))
+            self._producer = KafkaProducer(
+                **self._cluster.client,
+                acks="all",
+                enable_idempotence=True,
+                linger_ms=0,
+                max_request_size=MAX_REQUEST_BYTES,
+                max_block_ms=timeout_ms,
+                delivery_timeout_ms=timeout_ms,
+                request_timeout_ms=int(timeout_ms * 0.8),
+                bootstrap_timeout_ms=timeout_ms,
+                retry_backoff_ms=50,
+            )
+        return self._producer
+
+    def _drop_producer(self, flush_s: float = 0.0) -> None:
+        producer, self._producer = self._producer, None
+        self._topics.clear()  # they may have to be made again
+        if producer is not None:
+            producer.close(timeout=flush_s)
+        self._has_failed.clear()
+
+
+def _unavailable(error: BaseException) -> LogUnavailable:
+    return LogUnavailable(
+        f"Kafka did not take the entry: {type(error).__name__} {error}; are the brokers up, and enough in sync?"
+    )
+
+
+class KafkaReader:
+    """``Reader`` over every partition of its topics; after LogUnavailable the next poll connects again."""
+
+    def __init__(self, cluster: Cluster, topics: Sequence[str], start: Offsets) -> None:
+        self._cluster = cluster
+        self._names = {cluster.name(topic): topic for topic in topics}
+        self._next: dict[TopicPartition, int] = {
+            TopicPartition(cluster.name(topic), partition): offset
+            for topic, partitions in start.items()
+            if topic in topics
+            for partition, offset in partitions.items()
+        }
+        self._consumer: KafkaConsumer | None = None
+        self._checked_at = 0.0
+
+    def poll(self, *, max_entries: int, timeout_s: float) -> list[Entry]:
+        try:
+            consumer = self._consumer or self._connect()
+            batches = consumer.poll(timeout_ms=int(timeout_s * 1000), max_records=max_entries)
+            if time.monotonic() - self._checked_at > CHECK_S:
+                self._check(consumer)
+        except (OffsetOutOfRangeError, LogTruncationError) as error:
+            raise _lost(str(error)) from error
+        except (KafkaError, OSError) as error:
+            self.close()
+            raise LogUnavailable(f"Kafka cannot be read: {type(error).__name__} {error}") from error
+        return [self._entry(record) for records in batches.values() for record in records]
+
+    def _entry(self, record: Any) -> Entry:
+        self._next[TopicPartition(record.topic, record.partition)] = record.offset + 1
+        position = Position(self._names[record.topic], record.partition, record.offset)
+        return Entry(position, (record.key or b"").decode(), record.value or b"")
+
+    def _connect(self) -> KafkaConsumer:
+        """Make the topics if need be, check every position against the log, and seek."""
+        with self._cluster.admin(READ_TIMEOUT_S) as admin:
+            self._cluster.make_topics(admin, list(self._names.values()))
+            described = admin.describe_topics(list(self._names))
+        partitions = [
+            TopicPartition(topic["name"], partition["partition_index"])
+            for topic in described
+            for partition in topic["partitions"]
+        ]
+        timeout_ms = int(READ_TIMEOUT_S * 1000)
+        consumer = KafkaConsumer(
+            **self._cluster.client,
+            group_id=None,
+            enable_auto_commit=False,
+            auto_offset_reset="none",
+            request_timeout_ms=timeout_ms,
+            bootstrap_timeout_ms=timeout_ms,
+            fetch_max_wait_ms=250,
+            metadata_max_age_ms=int(READ_TIMEOUT_S * 1000),  # how soon new partitions are seen
+        )
+        self._consumer = consumer
+        consumer.assign(partitions)
+        beginnings = consumer.beginning_offsets(partitions, timeout_ms=timeout_ms)
+        for partition in partitions:
+            offset = self._next.setdefault(partition, beginnings[partition])
+            if offset < beginnings[partition]:
+                raise _lost(f"{partition} starts at {beginnings[partition]} now, {offset} was next")
+            consumer.seek(partition, offset)
+        self._ends(consumer)
+        return consumer
+
+    def _check(self, consumer: KafkaConsumer) -> None:
+        """Are the brokers there, our positions inside the log, and all of its partitions ours?"""
+        self._checked_at = time.monotonic()
+        self._ends(consumer)
+        if sum(len(consumer.partitions_for_topic(name)) for name in self._names) > len(self._next):
+            self.close()  # the topic has grown: the next poll assigns anew, from where we are
+
+    def _ends(self, consumer: KafkaConsumer) -> dict[TopicPartition, int]:
+        """The offset after the last entry of each partition; raises PositionLost where it is behind ours."""
+        ends: dict[TopicPartition, int] = consumer.end_offsets(list(self._next), timeout_ms=int(READ_TIMEOUT_S * 1000))
+        for partition, end in ends.items():
+            if end < self._next[partition]:
+                raise _lost(f"{partition} ends at {end}, {self._next[partition]} was next")
+        return ends
+
+    def lag(self) -> int:
+        try:
+            ends = self._ends(self._consumer or self._connect())
+        except (KafkaError, OSError) as error:
+            self.close()
+            raise LogUnavailable(f"Kafka cannot be read: {type(error).__name__} {error}") from error
+        return sum(end - self._next[partition] for partition, end in ends.items())
+
+    def close(self) -> None:
+        consumer, self._consumer = self._consumer, None
+        if consumer is not None:
+            consumer.close(autocommit=False)
+
+
+def _lost(what: str) -> PositionLost:
+    return PositionLost(
+        f"{what}: the topic was trimmed or made anew; restore it, or remove the reader's state to read from "
+        "the beginning"
+    )

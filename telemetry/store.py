@@ -1,0 +1,198 @@
+"""The preference store: one Delta table per topic, every event in it exactly once.
+
+A commit holds the rows and, as Delta app transactions, the log offsets they end at. delta-rs accepts a replayed
+transaction, so the check is ours: always on the one DeltaTable object that also writes; a second writer then fails
+its commit. An event_id seen within the window is not stored again. Below the writer are the functions that read.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.compute as pc  # type: ignore[import-untyped]
+from deltalake import CommitProperties, DeltaTable, Transaction, write_deltalake
+from deltalake.exceptions import CommitFailedError
+
+from telemetry.event_log import Entry, Offsets
+from telemetry.events import PREFERENCES, AnyEvent, decode, utc_now
+from telemetry.rows import SCHEMAS, TABLE_OF, row_of
+
+log = logging.getLogger(__name__)
+
+WINDOW_EVENTS: Final = 100_000  # event_ids remembered per table
+WINDOW: Final = timedelta(days=7)  # and for how long
+COMPACT_EVERY: Final = 200  # commits
+COMPACT_BYTES: Final = 32 << 20  # files above this are left alone
+KEEP_OLD_FILES_H: Final = 1  # so long a reader may hold on to a snapshot
+
+
+class Recorded(msgspec.Struct, frozen=True):
+    """An entry and the valid event in it."""
+
+    entry: Entry
+    event: AnyEvent
+
+
+class StoreContended(RuntimeError):
+    """Another process wrote to the store: run one recorder per store; open it again to continue."""
+
+
+class Table:
+    """One topic's table, with its offsets and the event_ids it saw lately."""
+
+    def __init__(self, root: str, topic: str) -> None:
+        self.topic = topic
+        self.name = TABLE_OF[topic]
+        self._schema = SCHEMAS[self.name]
+        uri = f"{root}/{self.name}"
+        is_new = not DeltaTable.is_deltatable(uri)
+        self._delta = DeltaTable.create(uri, schema=self._schema) if is_new else DeltaTable(uri)
+        self._seen: dict[str, None] = dict.fromkeys(self._recent_ids())
+        self._commits = 0
+
+    def next_offsets(self) -> dict[int, int]:
+        """partition → next offset to read."""
+        partitions = self._delta.transaction_version(f"{self.topic}/partitions") or 0
+        found = {partition: self._delta.transaction_version(self._app(partition)) for partition in range(partitions)}
+        return {partition: offset for partition, offset in found.items() if offset is not None}
+
+    def append(self, recorded: Sequence[Recorded], reached: Mapping[int, int], at: datetime) -> list[Recorded]:
+        """Commit what is new of ``recorded`` together with the offsets ``reached``; what was new."""
+        start = self.next_offsets()
+        reached = {partition: offset for partition, offset in reached.items() if offset > start.get(partition, 0)}
+        if not reached:
+            return []
+        new: dict[str, Recorded] = {}
+        for item in recorded:
+            position, event_id = item.entry.position, item.event.event_id
+            if position.offset >= start.get(position.partition, 0) and event_id not in self._seen:
+                new.setdefault(event_id, item)
+        self._commit([row_of(item.event, item.entry, at) for item in new.values()], reached)
+        self._remember(new)
+        return list(new.values())
+
+    def events(self, start: Mapping[int, int], *, in_order: bool = False) -> Iterator[tuple[AnyEvent, datetime]]:
+        """(event, recorded_at) of every stored event at or after ``start``; ``in_order`` holds them all in memory."""
+        dataset = self._delta.to_pyarrow_dataset()
+        columns = ["partition", "offset", "event", "recorded_at"]
+        for partition in sorted(self.next_offsets()):
+            wanted = (pc.field("partition") == partition) & (pc.field("offset") >= start.get(partition, 0))
+            if in_order:
+                batches = dataset.to_table(columns=columns, filter=wanted).sort_by("offset").to_batches()
+            else:
+                batches = dataset.to_batches(columns=columns, filter=wanted)
+            for batch in batches:
+                for row in batch.to_pylist():
+                    yield decode(row["event"].encode()), row["recorded_at"]
+
+    def last_recorded_at(self) -> datetime | None:
+        """When the newest row was stored."""
+        actions = pa.table(self._delta.get_add_actions(flatten=True))
+        if not actions.num_rows:
+            return None
+        newest: datetime | None = pc.max(actions.column("max.recorded_at")).as_py()
+        return newest
+
+    def compact(self) -> None:
+        """Join small files, and delete those that no reader needs any more."""
+        self._delta.optimize.compact(target_size=COMPACT_BYTES)
+        self._delta.vacuum(retention_hours=KEEP_OLD_FILES_H, dry_run=False, enforce_retention_duration=False)
+
+    def _app(self, partition: int) -> str:
+        return f"{self.topic}/{partition}"
+
+    def _commit(self, rows: list[dict[str, Any]], reached: Mapping[int, int]) -> None:
+        partitions = max([*reached, *self.next_offsets()]) + 1
+        transactions = [Transaction(self._app(partition), offset) for partition, offset in reached.items()]
+        transactions.append(Transaction(f"{self.topic}/partitions", partitions))
+        try:
+            write_deltalake(
+                self._delta,
+                pa.Table.from_pylist(rows, schema=self._schema),
+                mode="append",
+                commit_properties=CommitProperties(app_transactions=transactions),
+            )
+        except CommitFailedError as error:
+            raise StoreContended(f"{self.name}: {StoreContended.__doc__}") from error
+        self._commits += 1
+        if self._commits % COMPACT_EVERY == 0:
+            self.compact()
+
+    def _recent_ids(self) -> list[str]:
+        """The newest event_ids, oldest first."""
+        dataset = self._delta.to_pyarrow_dataset()
+        recent = pc.field("recorded_at") >= pa.scalar(utc_now() - WINDOW, pa.timestamp("us", tz="UTC"))
+        rows = dataset.to_table(columns=["event_id", "recorded_at"], filter=recent).sort_by("recorded_at")
+        ids: list[str] = rows.slice(max(0, rows.num_rows - WINDOW_EVENTS)).column("event_id").to_pylist()
+        return ids
+
+    def _remember(self, ids: Mapping[str, Recorded]) -> None:
+        self._seen.update(dict.fromkeys(ids))
+        for event_id in list(self._seen)[: max(0, len(self._seen) - WINDOW_EVENTS)]:
+            del self._seen[event_id]
+
+
+class Store:
+    """Every table under one folder or object-store URL. One process writes."""
+
+    def __init__(self, root: Path | str) -> None:
+        root = str(root)
+        if "://" not in root:
+            Path(root).mkdir(parents=True, exist_ok=True)
+        self.tables = {topic: Table(root, topic) for topic in TABLE_OF}
+
+    def offsets(self) -> Offsets:
+        """Where each topic's reader continues."""
+        return {topic: offsets for topic, table in self.tables.items() if (offsets := table.next_offsets())}
+
+    def append(self, recorded: Sequence[Recorded], reached: Offsets) -> tuple[list[Recorded], datetime]:
+        """Commit a batch, one commit per topic; what was new in it, and the time it was stored."""
+        at = utc_now()
+        stored: list[Recorded] = []
+        for topic, offsets in reached.items():
+            items = [item for item in recorded if item.entry.position.topic == topic]
+            stored += self.tables[topic].append(items, offsets, at)
+        return stored, at
+
+
+def counts(root: Path | str) -> dict[str, int]:
+    """table → rows, from the tables' statistics."""
+    return {name: _rows(f"{root}/{name}") for name in TABLE_OF.values()}
+
+
+def _rows(uri: str) -> int:
+    if not DeltaTable.is_deltatable(uri):
+        return 0
+    actions = pa.table(DeltaTable(uri).get_add_actions(flatten=True))
+    return int(pc.sum(actions.column("num_records")).as_py() or 0)
+
+
+def preferences(root: Path | str, *, with_retracted: bool = False) -> Iterator[dict[str, Any]]:
+    """The rows of table ``preferences`` that are verdicts; without those taken back later, in no order."""
+    uri = f"{root}/{TABLE_OF[PREFERENCES]}"
+    if not DeltaTable.is_deltatable(uri):
+        return
+    dataset = DeltaTable(uri).to_pyarrow_dataset()
+    is_retraction = pc.field("type") == "PreferenceRetracted"
+    retracted = set(dataset.to_table(columns=["preference_id"], filter=is_retraction)["preference_id"].to_pylist())
+    for batch in dataset.to_batches(filter=pc.field("type") == "PreferenceRecorded"):
+        for row in batch.to_pylist():
+            if with_retracted or row["preference_id"] not in retracted:
+                yield row
+
+
+def trl_rows(root: Path | str) -> Iterator[dict[str, list[dict[str, str]]]]:
+    """Chosen/rejected verdicts as rows of TRL's conversational preference data set."""
+    for row in preferences(root):
+        if row["outcome"] == "chosen_rejected":
+            yield {
+                "prompt": msgspec.json.decode(row["prompt"]),
+                "chosen": [{"role": "assistant", "content": row["chosen_text"]}],
+                "rejected": [{"role": "assistant", "content": row["rejected_text"]}],
+            }

@@ -1,0 +1,291 @@
+"""The closed loop's bars, by HTTP only, on the real model: ``make bench-loop``.
+
+Three stages on one running stack: clicks while the trainer is idle; a persona's verdicts with other chat traffic beside
+them, while versions are trained and swapped; then stable against base on prompts never asked. The personas are those
+that nobody tuned on. Perplexity is the base model's, over each answer given its prompt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import random
+import statistics
+from collections import Counter
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+import aiohttp
+
+from deploy.personas import EVALUATION_PROMPTS, HELD_OUT, PERSONAS, TRAINING_PROMPTS, choose
+from telemetry.text import repetition_ratio, words
+from tests.bench import record
+from tests.bench.client import Client, running_stack
+
+IDLE_CLICKS = 200
+VERDICTS = 160
+USERS = 4
+BACKGROUND_REQUESTS = 1000
+MAX_TOKENS = 48
+LIVE_LIMIT_S = 240.0
+
+
+def quantile(values: list[float], q: float) -> float:
+    return sorted(values)[min(len(values) - 1, int(q * len(values)))]
+
+
+@dataclass
+class Background:
+    """Ordinary chat traffic during training and swaps; every second request streams."""
+
+    served: int = 0
+    errors: Counter[str] = field(default_factory=Counter)
+    mixed: int = 0
+    versions: Counter[str] = field(default_factory=Counter)
+
+    async def ask_until_done(self, client: Client, rng: random.Random) -> None:
+        while self.served + self.errors.total() < BACKGROUND_REQUESTS:
+            body = {
+                "model": "chat",
+                "messages": [{"role": "user", "content": rng.choice(TRAINING_PROMPTS)}],
+                "max_tokens": 8,
+                "stream": rng.random() < 0.5,
+            }
+            try:
+                async with client.session.post("/v1/chat/completions", json=body) as response:
+                    payload = await response.text()
+            except aiohttp.ClientError as error:
+                self.errors[type(error).__name__] += 1
+                continue
+            if response.status != 200 or '"error"' in payload or (body["stream"] and "[DONE]" not in payload):
+                self.errors[f"{response.status} {payload[:120]}"] += 1
+                continue
+            self.served += 1
+            self.versions[response.headers["x-tiebreak-version"]] += 1
+
+
+async def idle_clicks(client: Client) -> list[float]:
+    """Seconds from click to acknowledgement; ``skip`` teaches nothing, so the trainer stays idle."""
+    seconds = []
+    for index in range(IDLE_CLICKS):
+        prompt = TRAINING_PROMPTS[index % len(TRAINING_PROMPTS)]
+        user = f"idle-{index}"
+        await client.consent(user)
+        shown, _ = await client.ask(prompt, user=user, pair="always", max_tokens=2)
+        seconds.append((await client.click(shown, "skip"))[1])
+    return seconds
+
+
+async def give_verdicts(client: Client, persona: str, seed: int) -> list[str]:
+    """``VERDICTS`` clicks of one persona through several users; the preference ids that chose a side."""
+    rng = random.Random(seed)
+    prompts = iter(rng.sample(TRAINING_PROMPTS, len(TRAINING_PROMPTS)) * 3)
+    ids: list[str] = []
+    given = 0
+
+    async def one_user(number: int) -> None:
+        nonlocal given
+        user = f"{persona}-{number}"
+        await client.consent(user)
+        while given < VERDICTS:
+            given += 1
+            prompt = next(prompts)
+            shown, _ = await client.ask(prompt, user=user, pair="always", max_tokens=MAX_TOKENS)
+            if "preference" not in shown:
+                given -= 1
+                continue
+            texts = [choice["message"]["content"] for choice in shown["choices"]]
+            choice = choose(PERSONAS[persona], prompt, texts[0], texts[1], rng)
+            receipt, _ = await client.click(shown, choice)
+            if choice in "ab":
+                ids.append(receipt["id"])
+
+    await asyncio.gather(*(one_user(number) for number in range(USERS)))
+    return ids
+
+
+def stage_times(receipt: dict[str, Any]) -> dict[str, datetime]:
+    return {stage["stage"]: datetime.fromisoformat(stage["at"]) for stage in receipt["stages"]}
+
+
+async def click_to_live(client: Client, ids: list[str]) -> tuple[list[float], Counter[str]]:
+    """Seconds from accepted to live for every verdict that was trained on, and how each verdict ended."""
+    deadline = asyncio.get_running_loop().time() + LIVE_LIMIT_S
+    while True:
+        times = [stage_times(await client.receipt(preference_id)) for preference_id in ids]
+        waiting = [t for t in times if "live" not in t and "dropped" not in t]
+        if not waiting or asyncio.get_running_loop().time() > deadline:
+            break
+        await asyncio.sleep(2.0)
+    ends = Counter("live" if "live" in t else "dropped" if "dropped" in t else "waiting" for t in times)
+    return [(t["live"] - t["accepted"]).total_seconds() for t in times if "live" in t], ends
+
+
+async def answers(client: Client, model: str) -> list[str]:
+    """One answer to each evaluation prompt; the same seeds for every model."""
+
+    async def one(index: int, prompt: str) -> str:
+        body, _ = await client.ask(prompt, model=model, max_tokens=MAX_TOKENS, temperature=0.7, seed=index)
+        text: str = body["choices"][0]["message"]["content"]
+        return text
+
+    texts: list[str] = []
+    for start in range(0, len(EVALUATION_PROMPTS), USERS):
+        batch = list(enumerate(EVALUATION_PROMPTS))[start : start + USERS]
+        texts += await asyncio.gather(*(one(index, prompt) for index, prompt in batch))
+    return texts
+
+
+def win_rate(persona: str, stable: list[str], base: list[str]) -> float:
+    """Share of evaluation prompts on which the persona prefers stable; a tie counts half."""
+    points = []
+    for prompt, ours, theirs in zip(EVALUATION_PROMPTS, stable, base, strict=True):
+        verdict = choose(PERSONAS[persona], prompt, ours, theirs, random.Random(0))
+        points.append({"a": 1.0, "b": 0.0}.get(verdict, 0.5))
+    return statistics.mean(points)
+
+
+def perplexity(texts: list[str], folder: str) -> float:
+    """exp of the mean negative log-prob per token under the base model, over all answers given their prompts."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    total, count = 0.0, 0
+    for prompt, text in zip(EVALUATION_PROMPTS, texts, strict=True):
+        chat = [{"role": "user", "content": prompt}]
+        head = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+        tail = tokenizer(text, add_special_tokens=False).input_ids
+        if not tail:
+            continue
+        with torch.inference_mode():
+            logits = model(torch.tensor([head + tail])).logits[0, len(head) - 1 : -1].float()
+        total -= logits.log_softmax(-1).gather(1, torch.tensor(tail)[:, None]).sum().item()
+        count += len(tail)
+    return float(torch.tensor(total / count).exp())
+
+
+def language_ratios(stable: list[str], base: list[str], folder: str) -> dict[str, float]:
+    """Stable's repetition, length and perplexity as multiples of base's (repetition from a floor of 0.02)."""
+
+    def mean_of(texts: list[str]) -> tuple[float, float]:
+        return (
+            max(statistics.mean(repetition_ratio(text) for text in texts), 0.02),
+            statistics.mean(len(words(text)) for text in texts),
+        )
+
+    (repetition, length), (base_repetition, base_length) = mean_of(stable), mean_of(base)
+    return {
+        "repetition": repetition / base_repetition,
+        "length": max(length / base_length, base_length / length),
+        "perplexity": perplexity(stable, folder) / perplexity(base, folder),
+    }
+
+
+def base_folder(client: Client) -> str:
+    import tomllib
+
+    run = tomllib.loads((client.state / "run" / "config.toml").read_text())
+    bases: dict[str, dict[str, str]] = run["serving"]["bases"]
+    return next(iter(bases.values()))["model"]
+
+
+async def run(persona: str, seed: int, *, background: bool) -> dict[str, Any]:
+    async with running_stack() as client:
+        idle = await idle_clicks(client) if background else []
+        traffic = Background()
+        asking = []
+        if background:
+            asking = [asyncio.create_task(traffic.ask_until_done(client, random.Random(i))) for i in range(2)]
+        ids = await give_verdicts(client, persona, seed)
+        live, ends = await click_to_live(client, ids)
+        await asyncio.gather(*asking)
+        stable, base = await answers(client, "chat@stable"), await answers(client, "chat@base")
+        folder = base_folder(client)
+    return {
+        "idle": idle,
+        "live": live,
+        "ends": dict(ends),
+        "traffic": traffic,
+        "win_rate": win_rate(persona, stable, base),
+        "language": language_ratios(stable, base, folder),
+        "sample": stable[:3],
+    }
+
+
+async def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--personas", nargs="+", default=list(HELD_OUT), choices=list(PERSONAS))
+    parser.add_argument("--seed", type=int, default=1)
+    arguments = parser.parse_args()
+    rows = []
+    for number, persona in enumerate(arguments.personas):
+        result = await run(persona, arguments.seed, background=number == 0)
+        rows += rows_of(persona, result)
+        if number == 0:
+            rows += traffic_rows(result)
+        record.save("loop", "make bench-loop", rows)
+
+
+def rows_of(persona: str, result: dict[str, Any]) -> list[dict[str, Any]]:
+    worst = max(result["language"].values())
+    return [
+        record.row(
+            f"win rate against base on {len(EVALUATION_PROMPTS)} new prompts after {VERDICTS} verdicts, {persona}",
+            result["win_rate"],
+            "",
+            bar=0.7,
+            better="higher",
+            verdicts=result["ends"],
+            sample=result["sample"],
+        ),
+        record.row(
+            f"worst of repetition, length, perplexity against base, {persona}",
+            worst,
+            "×",
+            bar=1.5,
+            better="lower",
+            **result["language"],
+        ),
+        record.row(
+            f"click → version live, median, {persona}",
+            statistics.median(result["live"]) if result["live"] else float("inf"),
+            "s",
+            bar=60.0,
+            better="lower",
+            p90=quantile(result["live"], 0.9) if result["live"] else None,
+            clicks=len(result["live"]),
+        ),
+    ]
+
+
+def traffic_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
+    traffic: Background = result["traffic"]
+    idle: list[float] = result["idle"]
+    return [
+        record.row(
+            "click acknowledged, trainer idle, p99",
+            1000 * quantile(idle, 0.99),
+            "ms",
+            bar=20.0,
+            better="lower",
+            p50_ms=1000 * quantile(idle, 0.5),
+            clicks=len(idle),
+        ),
+        record.row(
+            f"failed of {BACKGROUND_REQUESTS} chat requests during training and swaps",
+            traffic.errors.total(),
+            "",
+            bar=0,
+            better="lower",
+            served=traffic.served,
+            errors=dict(traffic.errors),
+            versions=len(traffic.versions),
+        ),
+    ]
+
+
+if __name__ == "__main__":
+    asyncio.run(main())

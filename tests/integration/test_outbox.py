@@ -1,0 +1,145 @@
+"""The outbox in front of a real Redis that dies and returns."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from telemetry.config import TelemetryConfig, open_log
+from telemetry.event_log import EventLog
+from telemetry.outbox import OutboxInUse, OutboxLog
+from tests.integration.recording import wait_for
+from tests.servers import RedisServer
+
+TOPIC = "things.v1"
+
+
+@pytest.fixture
+def outbox(telemetry_config: TelemetryConfig, tmp_path: Path) -> Iterator[OutboxLog]:
+    outbox = OutboxLog(open_log(telemetry_config), tmp_path / "outbox")
+    yield outbox
+    outbox.close()
+
+
+@pytest.fixture
+def downtime(redis_server: RedisServer) -> Iterator[RedisServer]:
+    """Redis, killed -9; running again at the end of the test whatever happened."""
+    redis_server.kill()
+    yield redis_server
+    redis_server.restart()
+
+
+def payloads(log: EventLog | OutboxLog, topic: str = TOPIC) -> list[bytes]:
+    reader = log.reader([topic], {})
+    try:
+        return [entry.payload for entry in reader.poll(max_entries=10_000, timeout_s=0.3)]
+    finally:
+        reader.close()
+
+
+def first_of_each(items: list[bytes]) -> list[bytes]:
+    """What a consumer that deduplicates sees."""
+    return list(dict.fromkeys(items))
+
+
+def test_entries_go_straight_to_the_log_while_it_answers(outbox: OutboxLog) -> None:
+    done = [outbox.append(TOPIC, "k", str(n).encode()).result(timeout=10) for n in range(5)]
+
+    assert {durable.where for durable in done} == {"log"}
+    assert outbox.pending == 0
+    assert payloads(outbox) == [b"0", b"1", b"2", b"3", b"4"]
+
+
+def test_entries_are_durable_here_while_the_log_is_away_and_follow_in_order(
+    outbox: OutboxLog, downtime: RedisServer
+) -> None:
+    sent = [str(n).encode() for n in range(50)]
+    first = outbox.append(TOPIC, "k", sent[0]).result(timeout=10)
+    began = time.monotonic()
+    rest = [outbox.append(TOPIC, "k", payload).result(timeout=10) for payload in sent[1:]]
+    assert time.monotonic() - began < 5, "only the first one waits for the log"
+    assert {durable.where for durable in [first, *rest]} == {"outbox"}
+    assert outbox.pending == 50
+
+    downtime.start()
+
+    wait_for(lambda: outbox.pending == 0, "drained")
+    wait_for(lambda: outbox.append(TOPIC, "k", b"direct").result(10).where == "log", "direct again")
+    found = first_of_each(payloads(outbox))
+    assert found == [*sent, b"direct"]
+
+
+def test_the_order_of_a_key_is_kept_across_outage_and_return(outbox: OutboxLog, redis_server: RedisServer) -> None:
+    sent: list[bytes] = []
+
+    def send(count: int) -> None:
+        for _ in range(count):
+            sent.append(str(len(sent)).encode())
+            outbox.append(TOPIC, "k", sent[-1]).result(timeout=10)
+
+    for _ in range(3):
+        send(20)
+        redis_server.kill()
+        send(20)
+        redis_server.start()
+        send(200)
+
+    wait_for(lambda: outbox.pending == 0, "drained")
+    assert first_of_each(payloads(outbox)) == sent
+
+
+def test_what_a_killed_router_left_in_its_outbox_is_sent_by_the_next_one(
+    telemetry_config: TelemetryConfig, downtime: RedisServer, tmp_path: Path
+) -> None:
+    folder = tmp_path / "outbox"
+    script = f"""
+import os, signal
+from pathlib import Path
+from telemetry.config import TelemetryConfig, open_log
+from telemetry.outbox import OutboxLog
+outbox = OutboxLog(open_log(TelemetryConfig(redis_url={telemetry_config.redis_url!r})), Path({str(folder)!r}))
+for n in range(20):
+    assert outbox.append("{TOPIC}", "k", str(n).encode()).result(timeout=20).where == "outbox"
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert subprocess.run([sys.executable, "-c", script], timeout=60).returncode == -9
+    segment = next(folder.glob("*.segment"))
+    with segment.open("ab") as file:
+        file.write(b"\x40\x00\x00\x00half of a frame")  # as when the power went during a write
+    downtime.start()
+
+    outbox = OutboxLog(open_log(telemetry_config), folder)
+    assert outbox.pending == 20
+    wait_for(lambda: outbox.pending == 0, "sent")
+    wait_for(lambda: not list(folder.glob("*.segment")), "segments removed")
+    found = payloads(outbox)
+    outbox.close()
+    assert first_of_each(found) == [str(n).encode() for n in range(20)]
+
+
+def test_one_outbox_folder_serves_one_process(
+    outbox: OutboxLog, telemetry_config: TelemetryConfig, tmp_path: Path
+) -> None:
+    with pytest.raises(OutboxInUse, match="folder of its own"):
+        OutboxLog(open_log(telemetry_config), tmp_path / "outbox")
+
+
+def test_closing_during_an_outage_keeps_what_is_not_sent(
+    telemetry_config: TelemetryConfig, downtime: RedisServer, tmp_path: Path
+) -> None:
+    outbox = OutboxLog(open_log(telemetry_config), tmp_path / "box")
+    futures = [outbox.append(TOPIC, "k", str(n).encode()) for n in range(10)]
+    outbox.close()
+    assert {future.result(timeout=1).where for future in futures} == {"outbox"}
+
+    downtime.start()
+    again = OutboxLog(open_log(telemetry_config), tmp_path / "box")
+    wait_for(lambda: again.pending == 0, "sent")
+    found = payloads(again)
+    again.close()
+    assert first_of_each(found) == [str(n).encode() for n in range(10)]

@@ -1,0 +1,52 @@
+"""Pair tokens and derived ids. Pure."""
+
+from __future__ import annotations
+
+import pytest
+
+from router.errors import InvalidToken
+from router.pairs import Ticket, derived_id, preference_id, pseudonym, read_ticket, sign_ticket
+
+KEY = b"k" * 32
+TICKET = Ticket("pair-1", "0123456789abcdef", 1_800_000_000.5)
+
+
+def test_a_token_tells_what_was_signed() -> None:
+    assert read_ticket(KEY, sign_ticket(KEY, TICKET), "pair-1") == TICKET
+
+
+def test_a_token_of_another_deployments_key_is_refused() -> None:
+    with pytest.raises(InvalidToken):
+        read_ticket(KEY, sign_ticket(b"other" * 8, TICKET), "pair-1")
+
+
+def test_a_token_is_good_for_its_own_pair_only() -> None:
+    with pytest.raises(InvalidToken):
+        read_ticket(KEY, sign_ticket(KEY, TICKET), "pair-2")
+
+
+def test_any_changed_character_makes_a_token_invalid() -> None:
+    token = sign_ticket(KEY, TICKET)
+    for place, character in enumerate(token):
+        forged = token[:place] + ("A" if character != "A" else "B") + token[place + 1 :]
+        with pytest.raises(InvalidToken):
+            read_ticket(KEY, forged, "pair-1")
+
+
+@pytest.mark.parametrize("token", ["", ".", "a.b", "é.ü", "." * 100, "bm90IGpzb24.00"])
+def test_rubbish_is_an_invalid_token(token: str) -> None:
+    with pytest.raises(InvalidToken):
+        read_ticket(KEY, token, "pair-1")
+
+
+def test_a_pair_has_one_preference_id_and_every_pair_another() -> None:
+    assert preference_id("pair-1") == preference_id("pair-1")
+    assert preference_id("pair-1") != preference_id("pair-2")
+    assert derived_id("retracted", "x") != derived_id("feedback", "x")
+
+
+def test_a_pseudonym_depends_on_key_and_user_and_hides_both() -> None:
+    assert pseudonym(KEY, "ann") == pseudonym(KEY, "ann") != pseudonym(KEY, "bob")
+    assert pseudonym(KEY, "ann") != pseudonym(b"x" * 32, "ann")
+    assert len(pseudonym(KEY, "ann")) == 16 and "ann" not in pseudonym(KEY, "ann")
+    assert pseudonym(KEY, "") == ""
