@@ -131,7 +131,7 @@ def _status(options: argparse.Namespace) -> int:
     if stack is None:
         print(f"tiebreak: no stack ever ran on {deployment.state}; `tiebreak up` starts one", file=sys.stderr)
         return 1
-    found = overview(stack, key=_key())
+    found = overview(stack, deployment.telemetry.store_root, key=_key())
     if options.json:
         print(msgspec.json.format(msgspec.json.encode(found)).decode())
     else:
@@ -187,7 +187,7 @@ def _releases(options: argparse.Namespace) -> int:
 def _export(options: argparse.Namespace) -> int:
     from deploy.export import export
 
-    count = export(config.load(options.config, state=options.state).state, options.out)
+    count = export(config.load(options.config, state=options.state).telemetry.store_root, options.out)
     print(f"{count} preferences", file=sys.stderr)
     return 0
 

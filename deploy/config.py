@@ -162,7 +162,7 @@ def _with_model(trainer: Mapping[str, Any], folders: Mapping[str, str]) -> dict[
     base = trainer.get("base", next(iter(folders)))
     if base not in folders:
         raise InvalidConfiguration(f"[trainer]: base {base!r} has no [serving.bases.{base}] table")
-    return {"model": folders[base], **trainer, "base": base}
+    return {**trainer, "base": base, "model": trainer.get("model") or folders[base]}
 
 
 def check_tables(document: Mapping[str, Any], where: str) -> None:

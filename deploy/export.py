@@ -11,18 +11,18 @@ import msgspec
 from telemetry.store import trl_rows
 
 
-def export(state: Path, out: str) -> int:
+def export(store: str, out: str) -> int:
     """Write every chosen/rejected verdict that was not taken back to ``out`` (``-``: standard output); the count.
 
     A file appears whole or not at all.
     """
     if out == "-":
-        return _write(state, sys.stdout.fileno())
+        return _write(store, sys.stdout.fileno())
     path = Path(out)
     staging = path.with_name(f".{path.name}.{os.getpid()}")
     descriptor = os.open(staging, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     try:
-        count = _write(state, descriptor)
+        count = _write(store, descriptor)
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
@@ -30,10 +30,10 @@ def export(state: Path, out: str) -> int:
     return count
 
 
-def _write(state: Path, descriptor: int) -> int:
+def _write(store: str, descriptor: int) -> int:
     encoder, count = msgspec.json.Encoder(), 0
     with os.fdopen(os.dup(descriptor), "wb") as file:
-        for row in trl_rows(state / "store"):
+        for row in trl_rows(store):
             file.write(encoder.encode(row) + b"\n")
             count += 1
     return count

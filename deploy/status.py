@@ -106,8 +106,8 @@ def fetch(url: str, *, key: str = "", timeout_s: float = TIMEOUT_S) -> bytes | N
         return None
 
 
-def overview(status: StackStatus, *, key: str = "") -> Overview:
-    """``status`` with what router and metrics say now."""
+def overview(status: StackStatus, store: str, *, key: str = "") -> Overview:
+    """``status`` with what router, metrics and the preference store at ``store`` say now."""
     # imported here: Arrow takes a second, and nothing else in this module needs it
     from telemetry.store import counts
 
@@ -119,7 +119,7 @@ def overview(status: StackStatus, *, key: str = "") -> Overview:
         stack=status,
         variants=tuple(_variants(msgspec.json.decode(releases))) if releases else (),
         numbers=numbers({name: page for name, page in pages.items() if page is not None}),
-        stored=counts(Path(status.state_folder) / "store"),
+        stored=counts(store),
         unreachable=tuple(missing),
     )
 

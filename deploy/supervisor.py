@@ -141,7 +141,7 @@ class Supervisor:
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **program.environ, MARK: child.mark},
                 start_new_session=True,
-                preexec_fn=_child_setup(program.nice),
+                preexec_fn=child_setup(program.nice),
             )
         child.started_at, child.state = time.monotonic(), "starting"
 
@@ -167,8 +167,8 @@ class Supervisor:
         return killed
 
 
-def _child_setup(nice: int) -> Callable[[], None]:
-    """What a child does between fork and exec."""
+def child_setup(nice: int = 0) -> Callable[[], None]:
+    """What a child does between fork and exec: take its niceness, and promise not to outlive us."""
     parent = os.getpid()
 
     def setup() -> None:

@@ -88,7 +88,8 @@ def pack(pairs: Sequence[PairTokens]) -> Rows:
         for side, first, ids in ((row, start, pair.chosen), (row + len(pairs), second, pair.rejected)):
             source = torch.arange(first - 1, first - 1 + len(ids))
             source[:1] = start - 1  # both sides' first token follows the prompt
-            predictions.append((source + row * length, torch.tensor(ids), torch.full((len(ids),), side)))
+            target = torch.tensor(ids, dtype=torch.long)
+            predictions.append((source + row * length, target, torch.full((len(ids),), side)))
     source_M, target_M, side_M = (torch.cat(column) for column in zip(*predictions, strict=True))
     return Rows(tokens_BT, positions_BT, mask_BTT[:, None], source_M, target_M, side_M, len(pairs))
 

@@ -49,6 +49,8 @@ class RouterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     # Chat requests at once: above the first 503, one key above the second 429.
     max_in_flight: Positive = 256
     max_in_flight_per_key: Positive = 128
+    # Connections to Redis; a burst beyond them waits in line.
+    redis_connections: Positive = 32
     # A request is given up after this long; `ready_wait_s` of it may pass waiting for a replica.
     deadline_s: Seconds = 120.0
     ready_wait_s: Seconds = 5.0

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import msgspec
-from redis.asyncio import Redis
+from redis.asyncio import BlockingConnectionPool, Redis
 
 from router.admin import ReleaseDesk
 from router.admission import Admission, Caller, read_keys
@@ -57,7 +57,7 @@ async def open_services(
     config: RouterConfig, telemetry: TelemetryConfig, *, event_log: EventLog | None = None
 ) -> AsyncIterator[Services]:
     """Services for one event loop; ``event_log`` takes the place of the configured one."""
-    redis = redis_client_async(telemetry)
+    redis = _queueing(redis_client_async(telemetry), config.redis_connections, telemetry.redis_timeout_s)
     outbox = OutboxLog(event_log or open_log(telemetry), telemetry.state_path / "outbox" / "router")
     tables = Tables(redis)
     pool = ReplicaPool(tables, ready_wait_s=config.ready_wait_s)
@@ -73,6 +73,18 @@ async def open_services(
         await pool.close()
         await asyncio.to_thread(outbox.close)
         await redis.aclose()
+
+
+def _queueing(client: Redis, connections: int, timeout_s: float) -> Redis:
+    """``client`` over a pool in which a burst waits for a free connection; redis-py's own refuses it."""
+    given = client.connection_pool
+    pool = BlockingConnectionPool(
+        max_connections=connections,
+        timeout=timeout_s,
+        connection_class=given.connection_class,
+        **given.connection_kwargs,
+    )
+    return Redis.from_pool(pool)
 
 
 def _wire(

@@ -20,7 +20,7 @@ from serving.safety import OutputFilter
 from serving.slots import SlotTable
 from serving.text_stream import OutputText
 from serving.wire import Chunk, FinishReason, GenerateRequest, Sampling, TokenLogprob, TopLogprob
-from telemetry.manifest import Manifest, version_name
+from telemetry.manifest import Manifest, base_version
 
 _PIECE = re.compile(r"\s*\S+")
 LOGPROB = -0.5
@@ -31,15 +31,15 @@ class EchoEngine:
 
     def __init__(
         self,
-        base_version: str = version_name(0, "ec40ec40"),
+        digest: str = "",
         *,
         slots: int = 8,
         max_context: int = 4096,
         token_s: float = 0.0,
         output_filter: OutputFilter | None = None,
     ) -> None:
-        self.base_version = base_version
-        self._slots = SlotTable(slots, base_version)
+        self.base_version = base_version(digest or "ec40ec40")
+        self._slots = SlotTable(slots, self.base_version)
         self._max_context = max_context
         self._token_s = token_s
         self._filter = output_filter or OutputFilter(())

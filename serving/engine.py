@@ -7,9 +7,8 @@ Two implementations, one contract (tests/contract/test_engine.py): ``transformer
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, Self
 
 import msgspec
 
@@ -35,8 +34,12 @@ class EngineStatus(msgspec.Struct, frozen=True):
     running: int  # sequences in the batch
 
 
-class ChunkStream(AsyncIterator[Chunk], Protocol):
-    """The chunks of one accepted request. Use with ``contextlib.aclosing``."""
+class ChunkStream(Protocol):
+    """The chunks of one accepted request, iterated once. Use with ``contextlib.aclosing``."""
+
+    def __aiter__(self) -> Self: ...
+
+    async def __anext__(self) -> Chunk: ...
 
     async def aclose(self) -> None:
         """Cancel what is left and let the version go; harmless when all is done, needed even if nothing was read."""

@@ -37,8 +37,8 @@ class Runner:
         max_context: int,
     ) -> None:
         self.device = device
-        self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
-        self.model.to(device).eval()
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+        self.model = model.to(device).eval()
         config = self.model.config.get_text_config()
         self.max_context = min(max_context, int(config.max_position_embeddings))
         expected = self._reference_logits()

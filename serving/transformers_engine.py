@@ -12,7 +12,6 @@ import logging
 import os
 import threading
 import time
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Self
@@ -22,6 +21,7 @@ from transformers import AutoTokenizer
 
 from serving.adapters import load_adapter
 from serving.completions import Completion, Ticket
+from serving.config import BaseConfig
 from serving.engine import ChunkStream, EngineStatus, check_request
 from serving.errors import (
     EngineClosed,
@@ -39,36 +39,19 @@ from serving.scheduler import Plan, Scheduler, Sequence
 from serving.slots import SlotTable
 from serving.wire import Chunk, GenerateRequest, Sampling
 from telemetry.events import Message
-from telemetry.manifest import Manifest, base_digest, base_version
+from telemetry.manifest import Manifest, base_version
 from telemetry.metrics import TOKENS
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class EngineOptions:
-    """What the engine is built with; serving/config.py documents each value."""
-
-    base: str = "base"
-    device: str = "auto"
-    dtype: str = "auto"
-    threads: int = 0
-    slots: int = 8
-    rank_max: int = 16
-    max_context: int = 2048
-    max_batch: int = 16
-    max_queue: int = 64
-    cache_rows: int = 8
-    chunk_tokens: int = 64
-    idle_chunk_tokens: int = 256
-
-
 class TransformersEngine:
     """Serves the transformers model in ``folder``; see ``serving.engine.Engine`` for the contract."""
 
-    def __init__(self, folder: Path, options: EngineOptions, output_filter: OutputFilter) -> None:
-        self.base_version = base_version(base_digest(folder))
-        self._folder, self._options, self._filter = folder, options, output_filter
+    def __init__(self, folder: Path, digest: str, base: str, options: BaseConfig, output_filter: OutputFilter) -> None:
+        self.base_version = base_version(digest)
+        self._folder, self._base = folder, base
+        self._options, self._filter = options, output_filter
         self._slots = SlotTable(options.slots, self.base_version)
         self._scheduler = Scheduler(
             max_batch=options.max_batch,
@@ -87,7 +70,7 @@ class TransformersEngine:
     async def start(self) -> None:
         self._loop = asyncio.get_running_loop()
         await asyncio.to_thread(self._load_base)
-        self._thread = threading.Thread(target=self._serve, name=f"engine-{self._options.base}", daemon=True)
+        self._thread = threading.Thread(target=self._serve, name=f"engine-{self._base}", daemon=True)
         self._thread.start()
 
     def _load_base(self) -> None:
@@ -213,7 +196,7 @@ class TransformersEngine:
                 if plan.work:
                     self._step(plan)
         except Exception as error:
-            log.exception("the engine failed", extra={"action": "engine_failed", "base": self._options.base})
+            log.exception("the engine failed", extra={"action": "engine_failed", "base": self._base})
             with self._wake:
                 self._failure = error
         self._end_all("engine_failed" if self._failure else "shutting_down")
@@ -260,7 +243,7 @@ class TransformersEngine:
             completion.push(token)
         for version in {completion.sequence.version for completion in completions}:
             count = sum(completion.sequence.version == version for completion in completions)
-            TOKENS.labels(self._options.base, version).inc(count)
+            TOKENS.labels(self._base, version).inc(count)
         self._retire()
 
     def _family(self, sequence: Sequence) -> list[Completion]:

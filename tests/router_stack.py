@@ -21,11 +21,13 @@ from router.config import RouterConfig
 from router.services import open_services
 from serving.echo_engine import EchoEngine
 from serving.engine import Engine
+from serving.http import ReplicaInfo
 from serving.http import build_app as build_replica
 from telemetry.config import TelemetryConfig, open_log, redis_client_async
 from telemetry.event_log import EventLog
 from telemetry.events import TOPICS, AnyEvent, decode, utc_now
 from telemetry.manifest import Manifest
+from telemetry.process import signing_key
 from telemetry.routing import REPLICAS_KEY, ROUTING_KEY, Replica, ReplicaTable, RoutingTable, VariantRoute
 
 STABLE = "v000003-0000abcd"
@@ -193,4 +195,4 @@ async def running_stack(
 
 def replica_app(engine: Engine, state: Path) -> ASGIApp:
     """A replica's own HTTP application, without Ray."""
-    return build_replica(engine)
+    return build_replica(engine, ReplicaInfo("r0", "echo", "", state, signing_key(state)))

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-NO_TESTS = 5  # pytest's exit status
 TIERS = ("unit", "contract", "integration", "e2e")
 
 
@@ -52,7 +51,6 @@ def install(needs: Sequence[Need]) -> str:
     packages = sorted({package for need in needs for package in need.packages})
     print(f"installing {' '.join(packages)} …", flush=True)
     environ = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    # a policy that forbids starting services: the tests start their own
     for command in (["apt-get", "update", "-qq"], ["apt-get", "install", "-qq", "-y", "--no-install-recommends"]):
         words = command + (packages if "install" in command else [])
         done = subprocess.run(words, env=environ, capture_output=True, text=True, check=False)
@@ -89,7 +87,7 @@ def main(arguments: Sequence[str]) -> int:
         return 1
     results = {tier: run_tier(tier, arguments) for tier in TIERS}
     report(results, lacking, why or "its package did not bring it")
-    return 1 if any(status not in (0, NO_TESTS) for status, _ in results.values()) else 0
+    return 1 if any(status != 0 for status, _ in results.values()) else 0
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ class TextConfig(_Table, frozen=True):
     max_empty_ratio: float = 0.25
     # Mean surprise (−log-prob per token): above multiple × reference + slack nats it is gibberish.
     max_surprise_ratio: float = 2.0
-    surprise_slack: float = 1.0
+    surprise_slack: float = 0.5
     # Share of words that look like none (probe answers only): above reference + this.
     strange_slack: float = 0.2
     # Median time to first token and per further token: above multiple × reference + slack seconds.

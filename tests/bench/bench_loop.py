@@ -11,23 +11,29 @@ import argparse
 import asyncio
 import random
 import statistics
+import time
+import tomllib
 from collections import Counter
 from dataclasses import dataclass, field
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import aiohttp
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from deploy.api import Api
 from deploy.personas import EVALUATION_PROMPTS, HELD_OUT, PERSONAS, TRAINING_PROMPTS, choose
+from deploy.simulate import MAX_TOKENS, Clicks, give_clicks, session
 from telemetry.text import repetition_ratio, words
 from tests.bench import record
-from tests.bench.client import Client, running_stack
+from tests.bench.client import running_stack
 
 IDLE_CLICKS = 200
 VERDICTS = 160
-USERS = 4
+USERS = 6
 BACKGROUND_REQUESTS = 1000
-MAX_TOKENS = 48
 LIVE_LIMIT_S = 240.0
 
 
@@ -41,10 +47,9 @@ class Background:
 
     served: int = 0
     errors: Counter[str] = field(default_factory=Counter)
-    mixed: int = 0
     versions: Counter[str] = field(default_factory=Counter)
 
-    async def ask_until_done(self, client: Client, rng: random.Random) -> None:
+    async def ask_until_done(self, http: aiohttp.ClientSession, url: str, rng: random.Random) -> None:
         while self.served + self.errors.total() < BACKGROUND_REQUESTS:
             body = {
                 "model": "chat",
@@ -53,9 +58,9 @@ class Background:
                 "stream": rng.random() < 0.5,
             }
             try:
-                async with client.session.post("/v1/chat/completions", json=body) as response:
+                async with http.post(f"{url}/v1/chat/completions", json=body) as response:
                     payload = await response.text()
-            except aiohttp.ClientError as error:
+            except (aiohttp.ClientError, TimeoutError) as error:
                 self.errors[type(error).__name__] += 1
                 continue
             if response.status != 200 or '"error"' in payload or (body["stream"] and "[DONE]" not in payload):
@@ -65,76 +70,47 @@ class Background:
             self.versions[response.headers["x-tiebreak-version"]] += 1
 
 
-async def idle_clicks(client: Client) -> list[float]:
+async def idle_clicks(api: Api) -> list[float]:
     """Seconds from click to acknowledgement; ``skip`` teaches nothing, so the trainer stays idle."""
     seconds = []
     for index in range(IDLE_CLICKS):
-        prompt = TRAINING_PROMPTS[index % len(TRAINING_PROMPTS)]
         user = f"idle-{index}"
-        await client.consent(user)
-        shown, _ = await client.ask(prompt, user=user, pair="always", max_tokens=2)
-        seconds.append((await client.click(shown, "skip"))[1])
+        await api.consent(user)
+        prompt = TRAINING_PROMPTS[index % len(TRAINING_PROMPTS)]
+        pair = await api.ask(prompt, user=user, pair="always", max_tokens=2)
+        start = time.perf_counter()
+        await api.click(pair, "skip")
+        seconds.append(time.perf_counter() - start)
     return seconds
 
 
-async def give_verdicts(client: Client, persona: str, seed: int) -> list[str]:
-    """``VERDICTS`` clicks of one persona through several users; the preference ids that chose a side."""
-    rng = random.Random(seed)
-    prompts = iter(rng.sample(TRAINING_PROMPTS, len(TRAINING_PROMPTS)) * 3)
-    ids: list[str] = []
-    given = 0
-
-    async def one_user(number: int) -> None:
-        nonlocal given
-        user = f"{persona}-{number}"
-        await client.consent(user)
-        while given < VERDICTS:
-            given += 1
-            prompt = next(prompts)
-            shown, _ = await client.ask(prompt, user=user, pair="always", max_tokens=MAX_TOKENS)
-            if "preference" not in shown:
-                given -= 1
-                continue
-            texts = [choice["message"]["content"] for choice in shown["choices"]]
-            choice = choose(PERSONAS[persona], prompt, texts[0], texts[1], rng)
-            receipt, _ = await client.click(shown, choice)
-            if choice in "ab":
-                ids.append(receipt["id"])
-
-    await asyncio.gather(*(one_user(number) for number in range(USERS)))
-    return ids
-
-
-def stage_times(receipt: dict[str, Any]) -> dict[str, datetime]:
-    return {stage["stage"]: datetime.fromisoformat(stage["at"]) for stage in receipt["stages"]}
-
-
-async def click_to_live(client: Client, ids: list[str]) -> tuple[list[float], Counter[str]]:
+async def click_to_live(api: Api, ids: list[str]) -> tuple[list[float], Counter[str]]:
     """Seconds from accepted to live for every verdict that was trained on, and how each verdict ended."""
-    deadline = asyncio.get_running_loop().time() + LIVE_LIMIT_S
+    deadline = time.monotonic() + LIVE_LIMIT_S
     while True:
-        times = [stage_times(await client.receipt(preference_id)) for preference_id in ids]
+        times = [_stages(await api.receipt(preference_id)) for preference_id in ids]
         waiting = [t for t in times if "live" not in t and "dropped" not in t]
-        if not waiting or asyncio.get_running_loop().time() > deadline:
+        if not waiting or time.monotonic() > deadline:
             break
         await asyncio.sleep(2.0)
     ends = Counter("live" if "live" in t else "dropped" if "dropped" in t else "waiting" for t in times)
     return [(t["live"] - t["accepted"]).total_seconds() for t in times if "live" in t], ends
 
 
-async def answers(client: Client, model: str) -> list[str]:
+def _stages(receipt: dict[str, Any]) -> dict[str, datetime]:
+    return {stage["stage"]: datetime.fromisoformat(stage["at"]) for stage in receipt["stages"]}
+
+
+async def answers(api: Api, model: str) -> list[str]:
     """One answer to each evaluation prompt; the same seeds for every model."""
+    gate = asyncio.Semaphore(USERS)
 
     async def one(index: int, prompt: str) -> str:
-        body, _ = await client.ask(prompt, model=model, max_tokens=MAX_TOKENS, temperature=0.7, seed=index)
-        text: str = body["choices"][0]["message"]["content"]
-        return text
+        async with gate:
+            answer = await api.ask(prompt, model=model, max_tokens=MAX_TOKENS, temperature=0.7, top_p=0.95, seed=index)
+        return answer.texts[0]
 
-    texts: list[str] = []
-    for start in range(0, len(EVALUATION_PROMPTS), USERS):
-        batch = list(enumerate(EVALUATION_PROMPTS))[start : start + USERS]
-        texts += await asyncio.gather(*(one(index, prompt) for index, prompt in batch))
-    return texts
+    return await asyncio.gather(*(one(index, prompt) for index, prompt in enumerate(EVALUATION_PROMPTS)))
 
 
 def win_rate(persona: str, stable: list[str], base: list[str]) -> float:
@@ -148,33 +124,29 @@ def win_rate(persona: str, stable: list[str], base: list[str]) -> float:
 
 def perplexity(texts: list[str], folder: str) -> float:
     """exp of the mean negative log-prob per token under the base model, over all answers given their prompts."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     total, count = 0.0, 0
     for prompt, text in zip(EVALUATION_PROMPTS, texts, strict=True):
         chat = [{"role": "user", "content": prompt}]
         head = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
         tail = tokenizer(text, add_special_tokens=False).input_ids
-        if not tail:
-            continue
         with torch.inference_mode():
-            logits = model(torch.tensor([head + tail])).logits[0, len(head) - 1 : -1].float()
+            logits = model(torch.tensor([head + tail])).logits[0, len(head) - 1 : -1]
         total -= logits.log_softmax(-1).gather(1, torch.tensor(tail)[:, None]).sum().item()
         count += len(tail)
     return float(torch.tensor(total / count).exp())
 
 
 def language_ratios(stable: list[str], base: list[str], folder: str) -> dict[str, float]:
-    """Stable's repetition, length and perplexity as multiples of base's (repetition from a floor of 0.02)."""
+    """Stable's repetition, length (either way) and perplexity as multiples of base's own.
+
+    Repetition is compared from a floor of 0.02: base's short answers hardly repeat anything.
+    """
 
     def mean_of(texts: list[str]) -> tuple[float, float]:
-        return (
-            max(statistics.mean(repetition_ratio(text) for text in texts), 0.02),
-            statistics.mean(len(words(text)) for text in texts),
-        )
+        repetition = statistics.mean(repetition_ratio(text) for text in texts)
+        return max(repetition, 0.02), statistics.mean(len(words(text)) for text in texts)
 
     (repetition, length), (base_repetition, base_length) = mean_of(stable), mean_of(base)
     return {
@@ -184,30 +156,29 @@ def language_ratios(stable: list[str], base: list[str], folder: str) -> dict[str
     }
 
 
-def base_folder(client: Client) -> str:
-    import tomllib
-
-    run = tomllib.loads((client.state / "run" / "config.toml").read_text())
-    bases: dict[str, dict[str, str]] = run["serving"]["bases"]
-    return next(iter(bases.values()))["model"]
+def base_folder(state: Path) -> str:
+    """The base model's folder, from the configuration that the stack runs with."""
+    run = tomllib.loads((state / "run" / "config.toml").read_text())
+    return str(next(iter(run["serving"]["bases"].values()))["model"])
 
 
-async def run(persona: str, seed: int, *, background: bool) -> dict[str, Any]:
-    async with running_stack() as client:
-        idle = await idle_clicks(client) if background else []
+async def run(persona: str, seed: int, *, is_first: bool) -> dict[str, Any]:
+    """All stages on one stack; idle clicks and other traffic with the first persona only."""
+    async with running_stack() as (api, state, url), session() as http:
+        idle = await idle_clicks(api) if is_first else []
         traffic = Background()
-        asking = []
-        if background:
-            asking = [asyncio.create_task(traffic.ask_until_done(client, random.Random(i))) for i in range(2)]
-        ids = await give_verdicts(client, persona, seed)
-        live, ends = await click_to_live(client, ids)
-        await asyncio.gather(*asking)
-        stable, base = await answers(client, "chat@stable"), await answers(client, "chat@base")
-        folder = base_folder(client)
+        asking = [traffic.ask_until_done(http, url, random.Random(i)) for i in range(2)] if is_first else []
+        tasks = [asyncio.create_task(ask) for ask in asking]
+        clicks = await give_clicks(api, persona, Clicks(VERDICTS), users=USERS, seed=seed)
+        live, ends = await click_to_live(api, clicks.preference_ids)
+        await asyncio.gather(*tasks)
+        stable, base = await answers(api, "chat@stable"), await answers(api, "chat@base")
+        folder = base_folder(state)
     return {
         "idle": idle,
         "live": live,
         "ends": dict(ends),
+        "choices": dict(clicks.choices),
         "traffic": traffic,
         "win_rate": win_rate(persona, stable, base),
         "language": language_ratios(stable, base, folder),
@@ -222,7 +193,7 @@ async def main() -> None:
     arguments = parser.parse_args()
     rows = []
     for number, persona in enumerate(arguments.personas):
-        result = await run(persona, arguments.seed, background=number == 0)
+        result = await run(persona, arguments.seed, is_first=number == 0)
         rows += rows_of(persona, result)
         if number == 0:
             rows += traffic_rows(result)
@@ -238,7 +209,8 @@ def rows_of(persona: str, result: dict[str, Any]) -> list[dict[str, Any]]:
             "",
             bar=0.7,
             better="higher",
-            verdicts=result["ends"],
+            choices=result["choices"],
+            ends=result["ends"],
             sample=result["sample"],
         ),
         record.row(

@@ -1,0 +1,102 @@
+"""One step at a time: new verdicts and some earlier ones in, a policy that has moved a bounded way out.
+
+What keeps a small model speaking: gradients are clipped, few verdicts are seen more than a few times, and
+after each step the adapter is shrunk back onto the ball of ``kl_budget`` nats a token around the base
+(divergence grows with the square of the adapter, so one square root is the way back).
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+
+from online_trainer.batches import micro_batches
+from online_trainer.config import TrainerConfig
+from online_trainer.objective import preference_loss, reward_metrics
+from online_trainer.policy import Encoded, Policy
+
+SHRINKINGS = 3  # tries to get back into the budget; the square law is exact only for small adapters
+
+
+class Example(NamedTuple):
+    """An encoded pair and whose verdict it is."""
+
+    preference_id: str
+    encoded: Encoded
+
+
+class Learner:
+    """Policy and optimizer, and the step that joins them. ``kl_per_token`` measures the policy as it is."""
+
+    def __init__(self, policy: Policy, config: TrainerConfig, kl_per_token: Callable[[], float]) -> None:
+        self.policy, self.step = policy, 0
+        self._config, self._kl_per_token = config, kl_per_token
+        self.optimizer = self._new_optimizer()
+
+    def _new_optimizer(self) -> torch.optim.AdamW:
+        config = self._config
+        return torch.optim.AdamW(
+            self.policy.parameters(),
+            lr=config.learning_rate,
+            betas=config.adam_betas,
+            weight_decay=config.weight_decay,
+        )
+
+    def forget_momentum(self) -> None:
+        """After the weights were replaced: what the optimizer knew belongs to others."""
+        self.optimizer = self._new_optimizer()
+
+    def draw(self, earlier: Sequence[Example]) -> list[Example]:
+        """The earlier verdicts that this step sees again; the same ones after a restart."""
+        count = min(self._config.replay_pairs, len(earlier))
+        return random.Random(f"{self._config.seed}/{self.step}").sample(list(earlier), count)
+
+    def learn(self, examples: Sequence[Example]) -> dict[str, float]:
+        """Take one optimizer step on ``examples``; TRL's metric names."""
+        metrics = self._accumulate([example.encoded for example in examples])
+        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self._config.max_grad_norm)
+        rate = self._config.learning_rate * min(1.0, (self.step + 1) / max(1, self._config.warmup_steps))
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        kl, shrunk = self._stay_near()
+        return {**metrics, "grad_norm": float(norm), "learning_rate": rate, "kl": kl, "shrink_ratio": shrunk}
+
+    def _accumulate(self, pairs: list[Encoded]) -> dict[str, float]:
+        """Gradients of the mean loss over ``pairs``, micro-batch by micro-batch; mean metrics."""
+        totals: dict[str, float] = {}
+        lengths = [pair.tokens.total for pair in pairs]
+        for group in micro_batches(lengths, self._config.micro_batch_tokens):
+            for name, value in self._backward([pairs[i] for i in group], len(pairs)).items():
+                totals[name] = totals.get(name, 0.0) + value / len(pairs)
+        return totals
+
+    def _backward(self, part: list[Encoded], count: int) -> dict[str, float]:
+        config = self._config
+        policy, reference, lengths = self.policy.logps(part)
+        loss_B = preference_loss(
+            policy, reference, lengths,
+            objective=config.objective, beta=config.beta, label_smoothing=config.label_smoothing,
+        )  # fmt: skip
+        loss_B = loss_B - config.nll_weight * policy.chosen_B / lengths.chosen_B
+        (loss_B.sum() / count).backward()  # type: ignore[no-untyped-call]
+        with torch.no_grad():
+            values = {"loss": loss_B} | reward_metrics(policy, reference, config.beta)
+            return {name: float(value_B.sum()) for name, value_B in values.items()}
+
+    def _stay_near(self) -> tuple[float, float]:
+        """Shrink the adapter until its KL is within the budget: (KL now, factor applied)."""
+        kl, budget, shrunk = self._kl_per_token(), self._config.kl_budget, 1.0
+        for _ in range(SHRINKINGS if budget else 0):
+            if kl <= budget * 1.02:
+                break
+            factor = math.sqrt(budget / kl)
+            self.policy.shrink(factor)
+            kl, shrunk = self._kl_per_token(), shrunk * factor
+        return kl, shrunk

@@ -1,0 +1,134 @@
+"""Ray Serve as the control plane: one application per base model, replicas that answer HTTP themselves.
+
+Serve places, watches, restarts and drains replicas; with direct ingress each one listens on a port of its
+own, so tokens never pass through Ray. ``replica_urls`` asks Serve's controller who runs where.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import serve
+from ray.serve.config import HTTPOptions
+from ray.serve.context import _get_global_client
+from ray.serve.schema import LoggingConfig
+
+from serving.config import BaseConfig, ServingConfig
+from serving.errors import EngineFailed
+from serving.replica import build_replica
+from telemetry.logs import JsonFormatter
+
+LOOPBACK = "127.0.0.1"
+CONTROL_S = 5.0  # the controller's answer to "who runs where" may take this long
+
+
+@serve.ingress()
+class Replica:
+    """One replica process: builds the engine and hands its ASGI app to Serve."""
+
+    def __init__(self, base: str, config: BaseConfig, state: Path, blocked_patterns: tuple[str, ...]) -> None:
+        replica_id = serve.get_replica_context().replica_id.unique_id
+        _log_to(state / "logs" / f"replica-{base}.log", f"replica-{replica_id}")
+        self._engine, self._app = build_replica(
+            base, config, state=state, replica_id=replica_id, blocked_patterns=blocked_patterns
+        )
+
+    def __serve_build_asgi_app__(self) -> Any:
+        return self._app
+
+    async def check_health(self) -> None:
+        """Serve replaces a replica whose engine cannot answer any more."""
+        if not self._engine.is_healthy():
+            raise EngineFailed()
+
+
+def _log_to(path: Path, process: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path)
+    handler.setFormatter(JsonFormatter(process))
+    root = logging.getLogger()
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+
+
+def start_serve(config: ServingConfig, temp: Path) -> None:
+    """Start Ray, or join it, and Serve's controller."""
+    if config.ray_address:
+        ray.init(address=config.ray_address, log_to_driver=False)
+    else:
+        replicas = sum(base.replicas for base in config.bases.values())
+        ray.init(
+            address="local",
+            num_cpus=replicas + 1,  # logical: a replica is not kept out by a small machine
+            include_dashboard=False,
+            object_store_memory=80 * 1024 * 1024,  # Ray's least; no data travels through it
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+            _node_ip_address=LOOPBACK,
+            _temp_dir=str(temp),
+        )
+    # Serve starts one proxy whatever we say; nothing uses it, so it may have any port
+    serve.start(
+        http_options=HTTPOptions(host="0.0.0.0" if config.ray_address else LOOPBACK, port=_free_port()),
+        logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False),
+    )
+
+
+def deploy(config: ServingConfig, state: Path) -> None:
+    """One application per base; returns when their replicas run."""
+    targets = []
+    for name, base in config.bases.items():
+        deployment = serve.deployment(
+            name="replica",
+            num_replicas=base.replicas,
+            max_ongoing_requests=base.max_batch + base.max_queue + 64,  # the engine sheds, with a clear answer
+            max_queued_requests=64,
+            health_check_period_s=2.0,
+            health_check_timeout_s=20.0,
+            graceful_shutdown_wait_loop_s=0.5,
+            graceful_shutdown_timeout_s=20.0,
+            ray_actor_options={"num_cpus": 1, "num_gpus": base.gpus},
+        )(Replica)
+        target = deployment.bind(name, base, state, config.blocked_patterns)
+        targets.append(serve.RunTarget(target, name=name, route_prefix=f"/{name}"))
+    serve.run_many(targets)
+
+
+def stop_serve(config: ServingConfig) -> None:
+    """Drain and stop the applications, and Ray itself when it was started here."""
+    if not ray.is_initialized():
+        return
+    if config.ray_address:
+        for name in config.bases:
+            serve.delete(name)
+    else:
+        serve.shutdown()  # type: ignore[no-untyped-call]
+    ray.shutdown()
+
+
+async def replica_urls(base: str) -> list[str]:
+    """Base URLs of the running replicas of ``base``; raises TimeoutError or a Ray error when Serve is away."""
+    reference = _client()._controller.get_target_groups.remote(app_name=base)
+    groups = await asyncio.wait_for(reference, CONTROL_S)
+    return [
+        f"http://{target.ip}:{target.port}{group.route_prefix}"
+        for group in groups
+        if group.app_name == base
+        for target in group.targets
+    ]
+
+
+def _client() -> Any:
+    """Serve's own client: its public interface names no replica's address."""
+    return _get_global_client()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((LOOPBACK, 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,92 @@
+"""What keeps a stack from starting is said before anything is started."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from msgspec.structs import replace
+
+from deploy import config
+from deploy.config import Deployment, StackConfig
+from deploy.launch import CannotStart, check, only_one
+from deploy.programs import programs
+
+
+@pytest.fixture
+def taken_port() -> Iterator[int]:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        yield listener.getsockname()[1]
+
+
+@pytest.fixture
+def deployment(tmp_path: Path) -> Deployment:
+    loaded = config.load(config.DEFAULT, state=str(tmp_path), environ={})
+    return replace(loaded, stack=StackConfig(port=0, min_free_memory_gb=0.0, min_free_disk_gb=0.0))
+
+
+def with_stack(deployment: Deployment, **changes: object) -> Deployment:
+    return replace(deployment, stack=replace(deployment.stack, **changes))
+
+
+def test_a_fit_machine_passes(deployment: Deployment) -> None:
+    check(deployment)
+
+
+def test_a_port_in_use_is_named_with_the_way_out(deployment: Deployment, taken_port: int) -> None:
+    with pytest.raises(CannotStart, match=f"port {taken_port} .* TIEBREAK_PORT={taken_port + 1}"):
+        check(with_stack(deployment, port=taken_port))
+
+
+def test_open_mode_is_refused_beyond_loopback(deployment: Deployment) -> None:
+    with pytest.raises(CannotStart, match="not loopback and there are no keys"):
+        check(with_stack(deployment, host="0.0.0.0"))
+
+
+def test_with_keys_another_address_is_fine(deployment: Deployment) -> None:
+    document = deployment.document | {"router": {"key_file": "/keys.toml"}}
+    check(replace(with_stack(deployment, host="0.0.0.0"), document=document))
+
+
+def test_too_little_memory_is_said_in_numbers(deployment: Deployment) -> None:
+    with pytest.raises(CannotStart, match="GB of memory are free, the stack needs 100000"):
+        check(with_stack(deployment, min_free_memory_gb=100_000.0))
+
+
+def test_too_little_disk_is_said_with_the_folder(deployment: Deployment) -> None:
+    with pytest.raises(CannotStart, match=f"where {deployment.state} is"):
+        check(with_stack(deployment, min_free_disk_gb=1e9))
+
+
+def test_a_state_folder_serves_one_stack_at_a_time(deployment: Deployment) -> None:
+    second = only_one(deployment)
+    with only_one(deployment), pytest.raises(CannotStart, match=r"another stack \(pid \d+\) runs on"):
+        second.__enter__()
+    with only_one(deployment):
+        pass
+
+
+def test_every_process_reads_the_resolved_configuration_and_says_its_threads(deployment: Deployment) -> None:
+    started = {program.name: program for program in programs(deployment)}
+    assert list(started) == ["redis", "serving", "router", "recorder", "release", "trainer"]
+    for name, program in started.items():
+        if name != "redis":
+            assert program.command[-2:] == ("--config", str(deployment.config_path))
+            assert int(program.environ["OMP_NUM_THREADS"]) >= 1
+    assert started["trainer"].nice > started["serving"].nice
+
+
+def test_the_private_redis_syncs_every_write_and_listens_on_no_port(deployment: Deployment) -> None:
+    words = programs(deployment)[0].command
+    options = dict(zip(words[1::2], words[2::2], strict=True))
+    assert options["--appendonly"] == "yes"
+    assert options["--appendfsync"] == "always"
+    assert options["--port"] == "0"
+
+
+def test_a_configured_redis_is_not_started_by_us(deployment: Deployment) -> None:
+    assert "redis" not in [program.name for program in programs(replace(deployment, owns_redis=False))]
