@@ -23,10 +23,10 @@ class PairLogps(NamedTuple):
 
 
 def sigmoid_loss(margin_B: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
-    """−(1−ε)·log σ(β·margin) − ε·log σ(−β·margin): DPO (arXiv 2305.18290, eq. 7), conservative for ε > 0.
+    """−(1−ε)·log σ(β·margin) − ε·log σ(−β·margin): DPO (arXiv 2305.18290, eq. 7), ε = 0 is the original.
 
-    ε is the assumed share of flipped verdicts (arXiv 2305.18290's authors' note on cDPO): the loss has a
-    minimum at σ(β·margin) = 1 − ε, so that no pair pulls for ever.
+    ε is the assumed share of flipped verdicts ("conservative DPO", Mitchell 2023): the loss has its minimum at
+    σ(β·margin) = 1 − ε, so that no pair pulls for ever.
     """
     logits_B = beta * margin_B
     return -(1 - label_smoothing) * logsigmoid(logits_B) - label_smoothing * logsigmoid(-logits_B)

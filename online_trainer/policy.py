@@ -18,11 +18,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear, pad
 
 from online_trainer.batches import PairTokens, Rows, Tokenizer, pack
+from online_trainer.errors import IncompatibleAdapter
 from online_trainer.objective import PairLogps
-
-
-class IncompatibleAdapter(ValueError):
-    """The adapter's tensors do not fit this trainer's policy: other rank, layers or targets."""
 
 
 class Switch:

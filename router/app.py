@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from importlib.metadata import version
-from pathlib import Path
 from typing import Final
 
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -13,15 +12,15 @@ from redis.exceptions import RedisError
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import FileResponse, HTMLResponse, Response
-from starlette.routing import BaseRoute, Mount, Route
-from starlette.staticfiles import StaticFiles
+from starlette.responses import HTMLResponse, Response
+from starlette.routing import BaseRoute, Route
 
 from router import docs
 from router.admin import Command, Order, Releases
 from router.admission import OPEN_CALLER, Caller
+from router.assets import page
 from router.config import RouterConfig
-from router.errors import NotFound, Unavailable
+from router.errors import Unavailable
 from router.feedback import record_feedback
 from router.http import EXCEPTION_HANDLERS, Edge, JsonResponse, read_body
 from router.models import find_model, list_models
@@ -47,7 +46,6 @@ from router.schema import (
 from router.services import Services, keys_of, open_services
 from telemetry.config import TelemetryConfig
 
-PAGES: Final = Path(__file__).parent / "pages"
 OpenServices = Callable[[], AbstractAsyncContextManager[Services]]
 
 
@@ -159,10 +157,11 @@ async def docs_page(request: Request, caller: Caller) -> Response:
 
 
 async def index(request: Request, caller: Caller) -> Response:
-    page = PAGES / "index.html"
-    if not page.exists():
-        raise NotFound("The chat page is not installed; the API is described at /docs.")
-    return FileResponse(page)
+    return page("index.html")
+
+
+async def asset(request: Request, caller: Caller) -> Response:
+    return page(request.path_params["name"])
 
 
 _REQUEST_ID: Final = Header("X-Request-ID", "Names the request in logs; made here when absent.")
@@ -252,6 +251,10 @@ ENDPOINTS: Final = (
         method="GET", path="/", handler=index, summary="The chat page.", answers={200: None}, errors=(404,),
         media_type="text/html",
     ),
+    Endpoint(
+        method="GET", path="/pages/{name}", handler=asset, summary="A file of the chat page.", answers={200: None},
+        errors=(404,), media_type="*/*",
+    ),
 )  # fmt: skip
 
 
@@ -275,7 +278,7 @@ def build_app(config: RouterConfig, telemetry: TelemetryConfig, *, opening: Open
             app.state.services = opened
             yield
 
-    routes = [*map(_route, ENDPOINTS), Mount("/pages", StaticFiles(directory=PAGES, check_dir=False))]
+    routes = [_route(endpoint) for endpoint in ENDPOINTS]
     middleware = [Middleware(Edge, is_open=not keys_of(config))]
     app = Starlette(routes=routes, lifespan=lifespan, middleware=middleware, exception_handlers=EXCEPTION_HANDLERS)
     app.state.max_body_bytes = config.max_body_bytes

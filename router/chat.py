@@ -199,10 +199,10 @@ class Chat:
         """The stream's bytes. A pair can be judged before its last piece leaves."""
         stream = ChatStream(exchange)
         ready = stream.write(begun)
-        while not exchange.is_over:
+        async for grown in growing:
             if ready:
                 yield ready
-            ready = stream.write(await anext(growing))
+            ready = stream.write(grown)
         if exchange.is_pair:
             ready += await self._complete_pair(exchange, stream)
         failed = exchange.failed()

@@ -179,10 +179,6 @@ class Exchange:
     def pair_id(self) -> str:
         return self.offer.pair_id if self.offer else ""
 
-    @property
-    def is_over(self) -> bool:
-        return all(answer.is_over for answer in self.answers)
-
     def is_decided(self, now_s: float) -> bool:
         """Whether the kind of this answer is settled, so that its headers can leave.
 

@@ -10,10 +10,12 @@ import argparse
 import asyncio
 import logging
 import os
+import secrets
 import shutil
 import signal
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import aiohttp
@@ -51,47 +53,68 @@ def main() -> int:
     except InvalidConfiguration as error:
         print(error, file=sys.stderr)
         return 2
+    os.environ.update(ENVIRONMENT)
+    os.environ["RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT"] = str(config.first_port)
+    os.environ["RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT"] = str(config.first_port + 1000)
+    if not config.ray_address:
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     # Ray's session lies in a short path: its sockets' names have at most 107 bytes
     temp = Path(tempfile.mkdtemp(prefix="tiebreak-ray-"))
     try:
-        asyncio.run(_serve(config, telemetry, temp))
+        _serve(config, telemetry, temp)
     finally:
         shutil.rmtree(temp, ignore_errors=True)
     return 0
 
 
-async def _serve(config: ServingConfig, telemetry: TelemetryConfig, temp: Path) -> None:
+def _serve(config: ServingConfig, telemetry: TelemetryConfig, temp: Path) -> None:
+    """Start, control until told to stop, stop. Ray wants the main thread: it sets signal handlers of its own."""
+    _exit_on_sigterm()
+    from serving import app  # after the environment: Ray reads it when it is imported
+
+    try:
+        app.start_ray(config, temp)
+        _exit_on_sigterm()
+        app.start_serve(config)
+        app.deploy(config, telemetry.state_path)
+        asyncio.run(_control(config, telemetry))
+    except Stopped:
+        log.info("stopped while starting", extra={"action": "stopped"})
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        app.stop_serve(config)
+
+
+class Stopped(SystemExit):
+    """SIGTERM came while Ray was starting."""
+
+
+def _exit_on_sigterm() -> None:
+    def stop(*_: object) -> None:
+        raise Stopped(0)
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+
+
+async def _control(config: ServingConfig, telemetry: TelemetryConfig) -> None:
+    """The fleet's loop until SIGTERM; announces ready as soon as the fleet is what it should be."""
+    from serving.app import LOOPBACK, replica_urls
+    from serving.fleet import Fleet
+
     stopped = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopped.set)
-    os.environ.update(ENVIRONMENT)
-    os.environ["RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT"] = str(config.first_port)
-    os.environ["RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT"] = str(config.first_port + 1000)
-    from serving import app  # after the environment: Ray reads it when it is imported
-
-    state = telemetry.state_path
     metrics_port = expose(config.metrics_port)
-    try:
-        await asyncio.to_thread(app.start_serve, config, temp)
-        await asyncio.to_thread(app.deploy, config, state)
-        await _control(config, telemetry, stopped, metrics_port)
-    finally:
-        await asyncio.to_thread(app.stop_serve, config)
-
-
-async def _control(
-    config: ServingConfig, telemetry: TelemetryConfig, stopped: asyncio.Event, metrics_port: int
-) -> None:
-    from serving.app import replica_urls
-    from serving.fleet import Fleet
-
     redis = redis_client_async(telemetry)
     async with aiohttp.ClientSession() as session:
         bases = {name: base.replicas for name, base in config.bases.items()}
-        fleet = Fleet(bases, replica_urls, redis, session)
+        urls = partial(replica_urls, host="" if config.ray_address else LOOPBACK)
+        fleet = Fleet(bases, urls, redis, session)
         loop = asyncio.create_task(fleet.run(config.interval_s))
         ending = asyncio.create_task(stopped.wait())
-        while not fleet.is_settled and not ending.done() and not loop.done():
+        while not (fleet.is_settled or ending.done() or loop.done()):
             await asyncio.wait((ending, loop), timeout=0.05)
         if fleet.is_settled:
             announce_ready(telemetry.state_path, "serving", metrics_url=f"http://127.0.0.1:{metrics_port}/metrics")

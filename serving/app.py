@@ -14,12 +14,14 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve.config import HTTPOptions
 from ray.serve.context import _get_global_client
+from ray.serve.exceptions import RayServeException
 from ray.serve.schema import LoggingConfig
 
 from serving.config import BaseConfig, ServingConfig
-from serving.errors import EngineFailed
+from serving.errors import ControlPlaneAway, EngineFailed
 from serving.replica import build_replica
 from telemetry.logs import JsonFormatter
 
@@ -56,23 +58,25 @@ def _log_to(path: Path, process: str) -> None:
     root.setLevel(logging.INFO)
 
 
-def start_serve(config: ServingConfig, temp: Path) -> None:
-    """Start Ray, or join it, and Serve's controller."""
+def start_ray(config: ServingConfig, temp: Path) -> None:
+    """Start a Ray cluster for this process alone, its session in ``temp``, or join the configured one."""
     if config.ray_address:
         ray.init(address=config.ray_address, log_to_driver=False)
-    else:
-        replicas = sum(base.replicas for base in config.bases.values())
-        ray.init(
-            address="local",
-            num_cpus=replicas + 1,  # logical: a replica is not kept out by a small machine
-            include_dashboard=False,
-            object_store_memory=80 * 1024 * 1024,  # Ray's least; no data travels through it
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-            _node_ip_address=LOOPBACK,
-            _temp_dir=str(temp),
-        )
-    # Serve starts one proxy whatever we say; nothing uses it, so it may have any port
+        return
+    replicas = sum(base.replicas for base in config.bases.values())
+    ray.init(
+        address="local",
+        num_cpus=replicas + 1,  # logical: a replica is not kept out by a small machine
+        include_dashboard=False,
+        object_store_memory=80 * 1024 * 1024,  # Ray's least; no data travels through it
+        log_to_driver=False,
+        logging_level=logging.WARNING,
+        _temp_dir=str(temp),
+    )
+
+
+def start_serve(config: ServingConfig) -> None:
+    """Start Serve's controller. It starts a proxy, too, whatever we say; nothing uses it, so any port will do."""
     serve.start(
         http_options=HTTPOptions(host="0.0.0.0" if config.ray_address else LOOPBACK, port=_free_port()),
         logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False),
@@ -111,12 +115,18 @@ def stop_serve(config: ServingConfig) -> None:
     ray.shutdown()
 
 
-async def replica_urls(base: str) -> list[str]:
-    """Base URLs of the running replicas of ``base``; raises TimeoutError or a Ray error when Serve is away."""
-    reference = _client()._controller.get_target_groups.remote(app_name=base)
-    groups = await asyncio.wait_for(reference, CONTROL_S)
+async def replica_urls(base: str, *, host: str = "") -> list[str]:
+    """Base URLs of the running replicas of ``base``; raises ControlPlaneAway when Serve does not answer.
+
+    ``host`` takes the place of the node's address: replicas of a Ray of our own listen on loopback only.
+    """
+    try:
+        reference = _client()._controller.get_target_groups.remote(app_name=base)
+        groups = await asyncio.wait_for(reference, CONTROL_S)
+    except (RayError, RayServeException, TimeoutError) as error:
+        raise ControlPlaneAway(f"Serve's controller does not say where {base} runs: {error}") from error
     return [
-        f"http://{target.ip}:{target.port}{group.route_prefix}"
+        f"http://{host or target.ip}:{target.port}{group.route_prefix}"
         for group in groups
         if group.app_name == base
         for target in group.targets

@@ -78,3 +78,10 @@ class UnsupportedModel(ServingError):
     """The engine would not compute this model as transformers does; use another base model."""
 
     code = "unsupported_model"
+
+
+class ControlPlaneAway(ServingError):
+    """Ray Serve's controller does not answer; replicas keep answering where they were last seen."""
+
+    status = 503
+    code = "control_plane_away"

@@ -18,6 +18,7 @@ import msgspec
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
+from serving.errors import ControlPlaneAway
 from serving.wire import ReplicaStatus
 from telemetry.metrics import REPLICAS_READY
 from telemetry.routing import REPLICAS_KEY, ROUTING_KEY, Replica, ReplicaTable, RoutingTable, decode_routing
@@ -126,8 +127,8 @@ class Fleet:
     async def _addresses(self, base: str) -> list[str]:
         try:
             self._known[base] = await self._urls(base)
-        except Exception as error:  # noqa: BLE001 - the consumer loop: Ray raises many kinds, all mean "away"
-            log.warning("control plane away, replicas kept: %s", error, extra={"action": "replicas_kept"})
+        except ControlPlaneAway as error:
+            log.warning("replicas kept: %s", error, extra={"action": "replicas_kept"})
         return self._known[base]
 
     async def _status(self, url: str) -> ReplicaStatus | None:

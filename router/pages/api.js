@@ -94,7 +94,15 @@ export async function chat({ model, messages, user, mayPair, signal, on }) {
   return served;
 }
 
-const json = async (response) => (await response).json();
+async function json(call) {
+  const response = await call;
+  try {
+    return await response.json();
+  } catch {
+    throw new Refusal("The gateway's answer cannot be read. Is something else answering in its place?");
+  }
+}
+
 const segment = encodeURIComponent;
 
 export const consent = {

@@ -289,6 +289,6 @@ for (const sample of document.querySelectorAll(".sample")) {
 
 loadConsent();
 const gateway = watchModel(page.model, (before, now) => {
-  page.conversation.lastElementChild?.append(view.modelChange(before, now));
+  turns.at(-1)?.view.root.append(view.modelChange(before, now));
   announce(`The model has changed: it is now version ${now}.`);
 });

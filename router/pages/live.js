@@ -1,7 +1,7 @@
 // What changes while the page is open: the stable version, and how far each verdict has come.
 // Both are polled, only while the page is visible; a poll that fails is tried again at the next turn.
 
-import { models, preferences } from "./api.js";
+import { Refusal, models, preferences } from "./api.js";
 import { isFinal, stepsOf } from "./receipts.js";
 import { drawReceipt, receiptView } from "./view.js";
 
@@ -32,9 +32,10 @@ export function watchModel(badge, onChange) {
       badge.querySelector(".version").textContent = now || "none yet";
       if (known && now && now !== known) onChange(known, now);
       known = now || known;
-    } catch {
+    } catch (error) {
+      if (!(error instanceof Refusal)) throw error;
       badge.dataset.state = "away";
-      badge.querySelector(".version").textContent = "not reachable";
+      badge.querySelector(".version").textContent = error.status === 401 ? "needs a key" : "not reachable";
     }
   });
   return gateway;
@@ -68,6 +69,7 @@ export async function followReceipt({ id, accepted_at, choice }, host, { onLive,
       try {
         draw(await preferences.get(id));
       } catch (error) {
+        if (!(error instanceof Refusal)) throw error;
         if (error.status === 404) return; // the receipt's time is over
       }
       if (isFinal(timeline)) break;

@@ -181,7 +181,8 @@ async def test_a_streamed_pair_carries_both_choices_and_the_offer_first(stack: S
     ("arguments", "error", "param"),
     [
         ({"model": "nobody"}, openai.NotFoundError, "model"),
-        ({"model": "chat", "tools": [{"type": "function", "function": {"name": "f"}}]}, openai.BadRequestError, "tools"),
+        ({"model": "chat", "tools": [{"type": "function", "function": {"name": "f"}}]},
+         openai.BadRequestError, "tools"),
         ({"model": "chat", "temperature": 9.0}, openai.BadRequestError, "temperature"),
         ({"model": "chat", "extra_body": {"preference": {"pair": "sometimes"}}}, openai.BadRequestError,
          "preference.pair"),

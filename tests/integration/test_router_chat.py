@@ -224,9 +224,7 @@ async def test_a_replica_that_is_gone_is_passed_over(stack: Stack) -> None:
     assert {status for status, _, _ in answers} == {200}
 
 
-async def test_a_replica_without_the_version_is_passed_over(
-    stack: Stack, telemetry_config: TelemetryConfig
-) -> None:
+async def test_a_replica_without_the_version_is_passed_over(stack: Stack, telemetry_config: TelemetryConfig) -> None:
     bare = EchoEngine()
     async with serving_on_loopback(replica_app(bare, telemetry_config.state_path)) as url:
         liar = replica(url, bare.base_version, STABLE, name="liar")
@@ -267,9 +265,7 @@ async def test_two_replicas_share_the_load(stack: Stack, telemetry_config: Telem
 
 
 @pytest.mark.parametrize("is_stream", [True, False])
-async def test_a_client_that_leaves_cancels_the_generation(
-    telemetry_config: TelemetryConfig, is_stream: bool
-) -> None:
+async def test_a_client_that_leaves_cancels_the_generation(telemetry_config: TelemetryConfig, is_stream: bool) -> None:
     engine = EchoEngine(token_s=0.05)
     async with running_stack(telemetry_config, engine=engine) as stack:
         words = "word " * 200

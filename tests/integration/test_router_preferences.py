@@ -263,7 +263,7 @@ async def test_when_redis_is_away_nothing_is_acknowledged_and_nothing_is_lost(
         redis_server.kill()
         status, body = await stack.click(answer, "a")
         assert (status, body["error"]["code"]) == (503, "state_unavailable")
-        status, single, headers = await stack.ask(user="ann")
+        status, _, headers = await stack.ask(user="ann")
         assert status == 200 and headers["x-tiebreak-version"] == STABLE, "single answers go on"
         redis_server.restart()
         assert (await stack.click(answer, "a"))[0] == 201

@@ -1,0 +1,115 @@
+"""Checkpoints: weights, optimizer, offsets, waiting and untold events, in one folder that is whole or absent.
+
+Safetensors and JSON only. Staged, synced, then renamed, so that a crash at any instruction leaves the previous
+one. What a checkpoint says has been done is what its weights have learned: neither more nor less.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from online_trainer.errors import InvalidCheckpoint
+from online_trainer.ingest import IntakeState
+
+STATE_FILE = "state.json"
+TENSORS_FILE = "tensors.safetensors"
+_FOLDER = re.compile(r"^checkpoint-(\d{9})$")
+
+
+class Taught(msgspec.Struct, frozen=True):
+    """A published version that the weights descend from, and what it learned since its parent."""
+
+    version: str
+    preference_ids: tuple[str, ...]
+
+
+class TrainerState(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything but tensors."""
+
+    base_digest: str
+    step: int = 0
+    parent: str  # version that the weights descend from
+    lineage: tuple[Taught, ...] = ()  # from the base to the parent, newest last, bounded
+    preference_ids: tuple[str, ...] = ()  # trained on since the parent
+    lost_ids: tuple[str, ...] = ()  # trained on only in weights that were thrown away; taught again when replayed
+    oldest_verdict_at: datetime | None = None  # of those since the parent
+    intake: IntakeState = IntakeState()
+    untold: tuple[str, ...] = ()  # encoded events that the log may not have yet; telling twice does no harm
+
+
+def save(folder: Path, number: int, state: TrainerState, tensors: dict[str, Tensor], keep: int) -> Path:
+    """Write checkpoint ``number`` durably and delete all but the newest ``keep``."""
+    target = folder / f"checkpoint-{number:09d}"
+    staging = folder / f".{target.name}.{os.getpid()}"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    save_file(tensors, staging / TENSORS_FILE)
+    (staging / STATE_FILE).write_bytes(msgspec.json.encode(state))
+    for path in (staging / TENSORS_FILE, staging / STATE_FILE, staging):
+        _sync(path)
+    staging.rename(target)
+    _sync(folder)
+    for _, old in _numbered(folder)[:-keep]:
+        shutil.rmtree(old)
+    return target
+
+
+def load_newest(folder: Path) -> tuple[int, TrainerState, dict[str, Tensor]] | None:
+    """(number, state, tensors) of the newest checkpoint; None where there is none; raises InvalidCheckpoint."""
+    for leftover in folder.glob(".checkpoint-*"):
+        shutil.rmtree(leftover)
+    numbered = _numbered(folder)
+    if not numbered:
+        return None
+    number, path = numbered[-1]
+    try:
+        state = msgspec.json.decode((path / STATE_FILE).read_bytes(), type=TrainerState)
+        return number, state, load_file(path / TENSORS_FILE)
+    except (OSError, msgspec.MsgspecError, SafetensorError) as error:
+        raise InvalidCheckpoint(f"{path} is damaged ({error}); move it away to go on from the one before") from error
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state as named tensors: ``optimizer.<parameter's number>.<name>``."""
+    state: dict[int, dict[str, Any]] = optimizer.state_dict()["state"]
+    return {
+        f"optimizer.{number}.{name}": torch.as_tensor(value).detach().cpu().contiguous()
+        for number, values in state.items()
+        for name, value in values.items()
+    }
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Put back what ``optimizer_tensors`` gave."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        prefix, _, rest = key.partition(".")
+        if prefix == "optimizer":
+            number, _, name = rest.partition(".")
+            state.setdefault(int(number), {})[name] = tensor
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+
+def _numbered(folder: Path) -> list[tuple[int, Path]]:
+    """Whole checkpoints, oldest first."""
+    found = ((match, path) for path in folder.glob("checkpoint-*") if (match := _FOLDER.match(path.name)))
+    return sorted((int(match[1]), path) for match, path in found)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,161 @@
+"""From log entries to the verdicts that a step may use, and a reason for every one that it may not.
+
+``Intake`` is a pure function of the log: what it holds after an entry depends on the entries alone. All of it
+goes into the checkpoint, offsets included, so a restarted trainer goes on exactly where its weights stand.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from datetime import datetime
+from typing import Literal
+
+import msgspec
+
+from telemetry.event_log import Entry, Offsets
+from telemetry.events import Completion, Message, PreferenceRecorded, PreferenceRetracted
+
+Reason = Literal["no_preference", "identical", "empty", "held_out", "retracted"]
+SEEN_IDS = 5_000  # deduplication reaches back this far; a router's outbox replays seconds, not days
+
+
+class Verdict(msgspec.Struct, frozen=True):
+    """What training needs of a PreferenceRecorded."""
+
+    preference_id: str
+    pair_id: str
+    user: str
+    occurred_at: datetime
+    prompt: tuple[Message, ...]
+    chosen: Completion
+    rejected: Completion
+    trace: tuple[str, str] = ("", "")  # (trace_id, span_id)
+
+
+class IntakeState(msgspec.Struct, frozen=True):
+    """All that an Intake knows, as it lies in a checkpoint."""
+
+    offsets: Offsets = {}
+    pending: tuple[Verdict, ...] = ()  # to be trained on, in the log's order
+    replay: tuple[Verdict, ...] = ()  # trained on, oldest first, bounded
+    heldout: tuple[Verdict, ...] = ()  # never trained on, oldest first, bounded
+    dropped: tuple[tuple[str, str], ...] = ()  # (preference_id, reason), not yet told
+    seen: tuple[str, ...] = ()  # preference ids, oldest first, bounded
+
+
+def prompt_digest(prompt: Iterable[Message]) -> bytes:
+    """SHA-256 of a prompt's roles and contents."""
+    return hashlib.sha256(msgspec.json.encode([(m.role, m.content) for m in prompt])).digest()
+
+
+def is_held_out(prompt: Iterable[Message], ratio: float) -> bool:
+    """Whether this prompt belongs to the share that is never trained on: the same answer everywhere, for ever."""
+    return int.from_bytes(prompt_digest(prompt)[:8], "big") < ratio * 2**64
+
+
+def reason_to_drop(event: PreferenceRecorded, heldout_ratio: float) -> Reason | None:
+    """Why no step may use this verdict; None when one may."""
+    if event.outcome != "chosen_rejected":
+        return "no_preference"
+    if event.chosen.text == event.rejected.text:
+        return "identical"
+    if not event.chosen.text.strip() or not event.rejected.text.strip():
+        return "empty"
+    return "held_out" if is_held_out(event.prompt, heldout_ratio) else None
+
+
+class Intake:
+    """Takes preference events in the log's order and hands out batches."""
+
+    def __init__(
+        self,
+        state: IntakeState,
+        *,
+        policy: str,
+        heldout_ratio: float,
+        heldout_window: int,
+        replay_window: int,
+        max_pairs_per_user: int,
+    ) -> None:
+        self._policy, self._heldout_ratio = policy, heldout_ratio
+        self._heldout_window, self._replay_window = heldout_window, replay_window
+        self._max_pairs_per_user = max_pairs_per_user
+        self.offsets: Offsets = {topic: dict(partitions) for topic, partitions in state.offsets.items()}
+        self.pending, self.replay = list(state.pending), list(state.replay)
+        self.heldout, self.dropped = list(state.heldout), list(state.dropped)
+        self._seen = dict.fromkeys(state.seen)
+
+    def state(self) -> IntakeState:
+        """A snapshot for the checkpoint."""
+        return IntakeState(
+            offsets={topic: dict(partitions) for topic, partitions in self.offsets.items()},
+            pending=tuple(self.pending),
+            replay=tuple(self.replay),
+            heldout=tuple(self.heldout),
+            dropped=tuple(self.dropped),
+            seen=tuple(self._seen),
+        )
+
+    def passed(self, entry: Entry) -> None:
+        """``entry`` has been dealt with: reading goes on behind it."""
+        position = entry.position
+        self.offsets.setdefault(position.topic, {})[position.partition] = position.offset + 1
+
+    def record(self, event: PreferenceRecorded) -> None:
+        """A verdict: to be trained on, held out, or dropped with a reason. One seen before changes nothing."""
+        if (self._policy and event.policy != self._policy) or event.event_id in self._seen:
+            return
+        self._seen[event.event_id] = None
+        if len(self._seen) > SEEN_IDS:
+            del self._seen[next(iter(self._seen))]
+        reason = reason_to_drop(event, self._heldout_ratio)
+        if reason is None:
+            self.pending.append(_verdict(event))
+            return
+        self.dropped.append((event.event_id, reason))
+        if reason == "held_out":
+            self.heldout = [*self.heldout, _verdict(event)][-self._heldout_window :]
+
+    def retract(self, event: PreferenceRetracted) -> None:
+        """Take a verdict back: never trained on if it still waits, and never again if it was."""
+        waiting = [verdict for verdict in self.pending if verdict.preference_id == event.preference_id]
+        self.dropped += [(verdict.preference_id, "retracted") for verdict in waiting]
+        for verdicts in (self.pending, self.replay, self.heldout):
+            verdicts[:] = [v for v in verdicts if v.preference_id != event.preference_id]
+
+    def next_batch(self, size: int) -> list[Verdict]:
+        """Up to ``size`` waiting verdicts in the log's order, at most so many of one user. They stay waiting."""
+        taken: list[Verdict] = []
+        per_user: dict[str, int] = {}
+        for verdict in self.pending:
+            if len(taken) == size:
+                break
+            if per_user.get(verdict.user, 0) < self._max_pairs_per_user:
+                per_user[verdict.user] = per_user.get(verdict.user, 0) + 1
+                taken.append(verdict)
+        return taken
+
+    def waits_since(self) -> datetime | None:
+        """When the verdict that has waited longest was given."""
+        return min((verdict.occurred_at for verdict in self.pending), default=None)
+
+    def trained(self, batch: Iterable[Verdict]) -> None:
+        """``batch`` has been trained on: it waits no longer and may be replayed."""
+        ids = {verdict.preference_id for verdict in batch}
+        self.replay += [verdict for verdict in self.pending if verdict.preference_id in ids]
+        del self.replay[: max(0, len(self.replay) - self._replay_window)]
+        self.pending = [verdict for verdict in self.pending if verdict.preference_id not in ids]
+
+
+def _verdict(event: PreferenceRecorded) -> Verdict:
+    return Verdict(
+        preference_id=event.event_id,
+        pair_id=event.pair_id,
+        user=event.user,
+        occurred_at=event.occurred_at,
+        prompt=event.prompt,
+        chosen=event.chosen,
+        rejected=event.rejected,
+        trace=(event.trace_id, event.span_id),
+    )

@@ -1,0 +1,100 @@
+"""``kill -9`` during clicks: the launcher restarts what died, and every acknowledged verdict is in the store once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import psutil
+import pytest
+
+from tests.e2e.stack import ROOT, TINY, RunningStack, running_stack
+
+pytestmark = pytest.mark.timeout(600)
+CLICKS = 24
+RECOVERY_S = 120.0
+
+
+def killed_during_clicks(stack: RunningStack, pids: list[int], seed: int) -> list[str]:
+    """Kill ``pids`` while verdicts come in; the ids that were acknowledged."""
+    assert pids
+
+    def kill() -> None:
+        time.sleep(0.5)
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    ids = stack.clicks(CLICKS, seed=seed)
+    killer.join()
+    return ids
+
+
+def assert_stored_once(stack: RunningStack, ids: list[str]) -> None:
+    assert len(set(ids)) == CLICKS
+    stack.wait_for(lambda: set(ids) <= set(stack.stored()), RECOVERY_S, "every acknowledged verdict is stored")
+    stored = stack.stored()
+    assert {each: stored[each] for each in ids if stored[each] != 1} == {}
+
+
+@pytest.mark.parametrize(("seed", "name"), enumerate(["trainer", "recorder", "redis", "router", "release", "serving"]))
+def test_a_killed_process_is_restarted_and_no_verdict_is_lost(tiny_stack: RunningStack, seed: int, name: str) -> None:
+    tiny_stack.wait_for(tiny_stack.is_ready, RECOVERY_S, "ready")
+    before = tiny_stack.restarts(name)
+    ids = killed_during_clicks(tiny_stack, [tiny_stack.pid(name)], seed)
+    tiny_stack.wait_for(lambda: tiny_stack.restarts(name) > before, RECOVERY_S, f"{name} is restarted")
+    tiny_stack.wait_for(tiny_stack.is_ready, RECOVERY_S, "ready")
+    assert_stored_once(tiny_stack, ids)
+
+
+def test_a_killed_replica_is_replaced_and_no_verdict_is_lost(tiny_stack: RunningStack) -> None:
+    tiny_stack.wait_for(tiny_stack.is_ready, RECOVERY_S, "ready")
+    victims = tiny_stack.replicas()
+    ids = killed_during_clicks(tiny_stack, victims, seed=9)
+    tiny_stack.wait_for(lambda: bool(set(tiny_stack.replicas()) - set(victims)), RECOVERY_S, "another replica")
+    assert_stored_once(tiny_stack, ids)
+
+
+def test_training_goes_on_after_the_crashes(tiny_stack: RunningStack) -> None:
+    ids = tiny_stack.clicks(12, seed=10)
+    tiny_stack.wait_for(
+        lambda: any({"trained", "live"} & tiny_stack.stages(each).keys() for each in ids), RECOVERY_S, "trained"
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_when_the_launcher_ends_so_does_everything_it_started(number: signal.Signals) -> None:
+    bystander = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    try:
+        with running_stack() as stack:
+            family = stack.family()
+            assert len(family) > 6
+            stack.launcher.send_signal(number)
+            status = stack.launcher.wait(90)
+            assert status == (-signal.SIGKILL if number == signal.SIGKILL else 0), stack.said()
+            limit_s = 40.0 if number == signal.SIGKILL else 3.0
+            _, alive = psutil.wait_procs([p for p in family if p.pid != stack.launcher.pid], timeout=limit_s)
+            alive = [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+            assert alive == []
+        assert bystander.poll() is None
+    finally:
+        bystander.kill()
+        bystander.wait()
+
+
+def test_a_stack_that_cannot_start_says_whose_fault_it_is(tmp_path: os.PathLike[str]) -> None:
+    toml = TINY.read_text().replace(
+        'variant = "chat-main"\nbase = "tiny"\nlayers', 'variant = "no-such"\nbase = "tiny"\nlayers'
+    )
+    config = os.path.join(tmp_path, "broken.toml")
+    with open(config, "w") as file:
+        file.write(toml.replace('base = "tiny"\ntemperature', 'base = "nowhere"\ntemperature'))
+    command = [sys.executable, "-m", "deploy.cli", "up", "--config", config, "--state", str(tmp_path), "--port", "0"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert "nowhere" in done.stderr
