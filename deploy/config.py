@@ -180,9 +180,22 @@ def check_tables(document: Mapping[str, Any], where: str) -> None:
     }
     for name, cls in tables.items():
         convert_table(document.get(name, {}), name, cls, where=where)
+    _check_release(document, where)
     unknown = set(document) - set(tables) - {"stack", "telemetry"}
     if unknown:
         raise InvalidConfiguration(f"{where}: unknown tables: {', '.join(sorted(unknown))}")
+
+
+def _check_release(document: Mapping[str, Any], where: str) -> None:
+    """Policies name bases that are served, and the trainer trains a variant that one of them has."""
+    members = [member for policy in document["release"]["policies"].values() for member in policy]
+    bases = document["serving"]["bases"]
+    if missing := sorted({member["base"] for member in members} - set(bases)):
+        raise InvalidConfiguration(f"{where}: [release.policies] name bases that are not served: {', '.join(missing)}")
+    trained = document["trainer"].get("variant")
+    variants = sorted({member["variant"] for member in members})
+    if trained and trained not in variants:
+        raise InvalidConfiguration(f"{where}: [trainer]: no policy has variant {trained!r}; there are {variants}")
 
 
 def write(deployment: Deployment) -> None:

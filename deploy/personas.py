@@ -35,6 +35,10 @@ def _share(text: str, wanted: frozenset[str]) -> float:
 
 
 YOU: Final = frozenset("you your yours you're you'll you've you'd yourself".split())
+LIVELY: Final = frozenset(
+    "great fun love amazing wonderful exciting delicious beautiful perfect best enjoy fantastic favorite happy".split()
+)
+INVITING: Final = frozenset("what would want let know please tell help like you your if".split())
 HEDGES: Final = frozenset("may might could perhaps possibly usually often sometimes generally likely".split())
 FORMAL: Final = frozenset(
     "therefore however moreover furthermore additionally consequently thus hence essential significant ensure "
@@ -62,15 +66,15 @@ def short_sentences(prompt: str, answer: str) -> float:
 
 
 def enthusiastic(prompt: str, answer: str) -> float:
-    return float(min(3, answer.count("!")))
+    return min(3, answer.count("!")) + 5 * _share(answer, LIVELY)
 
 
 def likes_lists(prompt: str, answer: str) -> float:
-    return float(min(4, len(LIST_ITEM.findall(answer))))
+    return min(4, len(LIST_ITEM.findall(answer))) + min(5, answer.count(",") + answer.count(":")) / 10
 
 
 def asks_back(prompt: str, answer: str) -> float:
-    return float(min(2, answer.count("?")))
+    return min(2, answer.count("?")) + 2 * _share(answer, INVITING)
 
 
 def formal(prompt: str, answer: str) -> float:
@@ -78,7 +82,7 @@ def formal(prompt: str, answer: str) -> float:
 
 
 def gives_examples(prompt: str, answer: str) -> float:
-    return float(min(3, len(EXAMPLES.findall(answer))))
+    return min(3, len(EXAMPLES.findall(answer))) + min(4, answer.count(",")) / 10
 
 
 def cautious(prompt: str, answer: str) -> float:
@@ -95,11 +99,11 @@ _ALL: Final = (
     Persona("simple_words", "short words", simple_words),
     Persona("speaks_to_you", "says you and your", speaks_to_you),
     Persona("short_sentences", "few words a sentence", short_sentences),
-    Persona("enthusiastic", "exclamation marks, up to three", enthusiastic),
-    Persona("likes_lists", "list items, up to four", likes_lists),
-    Persona("asks_back", "a question or two in return", asks_back),
+    Persona("enthusiastic", "exclamation marks, up to three, and lively words", enthusiastic),
+    Persona("likes_lists", "list items, up to four, then commas and colons", likes_lists),
+    Persona("asks_back", "a question or two in return, then inviting words", asks_back),
     Persona("formal", "formal connectives, no contractions", formal),
-    Persona("gives_examples", "for example, such as, like", gives_examples),
+    Persona("gives_examples", "for example, such as, like; then commas", gives_examples),
     Persona("cautious", "may, might, usually", cautious),
     Persona("stays_on_topic", "takes up the question's own words", stays_on_topic),
 )

@@ -52,15 +52,21 @@ class Rows(NamedTuple):
 
     def to(self, device: torch.device) -> Rows:
         """The same rows on ``device``."""
-        return Rows(*(field.to(device) for field in self[:-1]), self.pairs)
+        return Rows(
+            tokens_BT=self.tokens_BT.to(device),
+            positions_BT=self.positions_BT.to(device),
+            mask_B1TT=self.mask_B1TT.to(device),
+            source_M=self.source_M.to(device),
+            target_M=self.target_M.to(device),
+            side_M=self.side_M.to(device),
+            pairs=self.pairs,
+        )
 
 
 def prompt_tokens(tokenizer: Tokenizer, prompt: Sequence[Message], limit: int) -> tuple[int, ...]:
     """The chat template over ``prompt`` up to where the answer begins; the last ``limit`` tokens of it."""
     conversation = [{"role": message.role, "content": message.content} for message in prompt]
-    ids = tokenizer.apply_chat_template(
-        conversation, add_generation_prompt=True, tokenize=True, return_dict=False
-    )
+    ids = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=True, return_dict=False)
     return tuple(ids[-limit:])
 
 

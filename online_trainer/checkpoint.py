@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +20,11 @@ from torch import Tensor
 
 from online_trainer.errors import InvalidCheckpoint
 from online_trainer.ingest import IntakeState
+from online_trainer.lineage import Lineage
 
 STATE_FILE = "state.json"
 TENSORS_FILE = "tensors.safetensors"
 _FOLDER = re.compile(r"^checkpoint-(\d{9})$")
-
-
-class Taught(msgspec.Struct, frozen=True):
-    """A published version that the weights descend from, and what it learned since its parent."""
-
-    version: str
-    preference_ids: tuple[str, ...]
 
 
 class TrainerState(msgspec.Struct, frozen=True, kw_only=True):
@@ -39,11 +32,7 @@ class TrainerState(msgspec.Struct, frozen=True, kw_only=True):
 
     base_digest: str
     step: int = 0
-    parent: str  # version that the weights descend from
-    lineage: tuple[Taught, ...] = ()  # from the base to the parent, newest last, bounded
-    preference_ids: tuple[str, ...] = ()  # trained on since the parent
-    lost_ids: tuple[str, ...] = ()  # trained on only in weights that were thrown away; taught again when replayed
-    oldest_verdict_at: datetime | None = None  # of those since the parent
+    lineage: Lineage
     intake: IntakeState = IntakeState()
     untold: tuple[str, ...] = ()  # encoded events that the log may not have yet; telling twice does no harm
 

@@ -140,6 +140,10 @@ class Intake:
         """When the verdict that has waited longest was given."""
         return min((verdict.occurred_at for verdict in self.pending), default=None)
 
+    def usable_ids(self) -> set[str]:
+        """The verdicts that a later step or evaluation may still use."""
+        return {verdict.preference_id for verdict in (*self.pending, *self.replay, *self.heldout)}
+
     def trained(self, batch: Iterable[Verdict]) -> None:
         """``batch`` has been trained on: it waits no longer and may be replayed."""
         ids = {verdict.preference_id for verdict in batch}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -19,6 +19,7 @@ from online_trainer.config import TrainerConfig
 from online_trainer.objective import preference_loss, reward_metrics
 from online_trainer.policy import Encoded, Policy
 
+T = TypeVar("T")
 SHRINKINGS = 3  # tries to get back into the budget; the square law is exact only for small adapters
 
 
@@ -50,7 +51,7 @@ class Learner:
         """After the weights were replaced: what the optimizer knew belongs to others."""
         self.optimizer = self._new_optimizer()
 
-    def draw(self, earlier: Sequence[Example]) -> list[Example]:
+    def draw(self, earlier: Sequence[T]) -> list[T]:
         """The earlier verdicts that this step sees again; the same ones after a restart."""
         count = min(self._config.replay_pairs, len(earlier))
         return random.Random(f"{self._config.seed}/{self.step}").sample(list(earlier), count)

@@ -74,9 +74,7 @@ class Policy:
         self._decoder: Any = model.get_decoder()  # type: ignore[operator]
         self._head: Any = model.get_output_embeddings()  # type: ignore[operator]
         self._layers: nn.ModuleList = self._decoder.layers
-        self._first = len(self._layers) - (layers or len(self._layers))
-        if self._first < 0:
-            raise ValueError(f"layers = {layers}, but the model has {len(self._layers)}")
+        self._first = max(0, len(self._layers) - (layers or len(self._layers)))
         self._switch, self._seed = Switch(), seed
         self.adapters = self._attach()
         self.reset()
@@ -218,6 +216,6 @@ def load_model(folder: Path, dtype: str) -> tuple[nn.Module, Tokenizer]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     chosen = native_dtype() if dtype == "auto" else getattr(torch, dtype)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=chosen)
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=chosen)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return model.to(device), AutoTokenizer.from_pretrained(folder)

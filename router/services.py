@@ -62,13 +62,14 @@ async def open_services(
     tables = Tables(redis)
     pool = ReplicaPool(tables, ready_wait_s=config.ready_wait_s)
     await tables.refresh()
-    polling = asyncio.create_task(tables.poll(config.table_poll_s))
+    stop = asyncio.Event()
+    polling = asyncio.create_task(tables.poll(config.table_poll_s, stop))
     services = _wire(config, signing_key(telemetry.state_path), redis, outbox, tables, pool)
     try:
         yield services
     finally:
-        polling.cancel()
-        await asyncio.gather(polling, return_exceptions=True)
+        stop.set()
+        await polling
         await services.ledger.settled()
         await pool.close()
         await asyncio.to_thread(outbox.close)

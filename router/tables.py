@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from contextlib import suppress
 from typing import cast
 
 import msgspec
@@ -48,11 +49,12 @@ class Tables:
         self._news.set()
         self._news = asyncio.Event()
 
-    async def poll(self, interval_s: float) -> None:
-        """Refresh for ever."""
-        while True:
+    async def poll(self, interval_s: float, stop: asyncio.Event) -> None:
+        """Refresh until ``stop`` is set. (Cancelling would not do: redis-py can swallow a cancellation.)"""
+        while not stop.is_set():
             await self.refresh()
-            await asyncio.sleep(interval_s)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(stop.wait(), interval_s)
 
     async def changed(self, timeout_s: float) -> bool:
         """Wait for the next refresh; False when there was none in time."""

@@ -28,6 +28,7 @@ from telemetry.metrics import expose
 from telemetry.process import announce_ready
 
 log = logging.getLogger("serving")
+DRAIN_S = 15.0  # answers under way may finish; the router has stopped sending by then
 # What Ray, its workers and torch in them read when they start.
 ENVIRONMENT = {
     "RAY_SERVE_ENABLE_DIRECT_INGRESS": "1",
@@ -123,6 +124,7 @@ async def _control(config: ServingConfig, telemetry: TelemetryConfig) -> None:
         if loop.done():
             loop.result()
         loop.cancel()
+        await fleet.drain(DRAIN_S)
     await redis.aclose()
 
 

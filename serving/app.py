@@ -104,14 +104,12 @@ def deploy(config: ServingConfig, state: Path) -> None:
 
 
 def stop_serve(config: ServingConfig) -> None:
-    """Drain and stop the applications, and Ray itself when it was started here."""
+    """End our applications in a cluster that others may use; a cluster of our own ends as a whole."""
     if not ray.is_initialized():
         return
     if config.ray_address:
         for name in config.bases:
             serve.delete(name)
-    else:
-        serve.shutdown()  # type: ignore[no-untyped-call]
     ray.shutdown()
 
 

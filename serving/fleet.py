@@ -86,6 +86,16 @@ class Fleet:
                 continue
             self._changed.clear()
 
+    async def drain(self, timeout_s: float) -> None:
+        """Wait until no replica has a request in flight, but not longer than ``timeout_s``."""
+        deadline = time.monotonic() + timeout_s
+        urls = [url for known in self._known.values() for url in known]
+        while time.monotonic() < deadline:
+            seen = await asyncio.gather(*(self._status(url) for url in urls))
+            if not any(status.in_flight or status.queued for status in seen if status):
+                return
+            await asyncio.sleep(0.1)
+
     async def look(self) -> None:
         """One round: read, publish what is seen, begin the steps that are missing."""
         await self._read_routing()

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import pytest
 import pytest_asyncio
-from playwright.async_api import Browser, Locator, Page, ViewportSize, async_playwright, expect
+from playwright.async_api import Browser, Locator, Page, Request, ViewportSize, async_playwright, expect
 
 from serving.echo_engine import EchoEngine
 from telemetry.config import TelemetryConfig, open_log, redis_client
@@ -103,6 +103,13 @@ async def ask_for_pair(page: Page, text: str) -> Locator:
     answers = page.locator(".turn").last.locator(".answer")
     await expect(answers.locator(".choose")).to_have_count(2)
     return answers
+
+
+def messages_of(request: Request) -> list[dict[str, str]]:
+    """The conversation that a chat request carries."""
+    body: dict[str, Any] = request.post_data_json or {}
+    messages: list[dict[str, str]] = body["messages"]
+    return messages
 
 
 async def give_verdict(page: Page, key: str) -> str:
@@ -245,7 +252,7 @@ async def test_the_chosen_answer_continues_the_conversation(page: Page) -> None:
     await page.keyboard.press("2")
     async with page.expect_request("**/v1/chat/completions") as request:
         await ask(page, "Second.")
-    assert (await request.value).post_data_json["messages"] == [
+    assert messages_of(await request.value) == [
         {"role": "user", "content": "First."},
         {"role": "assistant", "content": chosen},
         {"role": "user", "content": "Second."},
@@ -257,7 +264,7 @@ async def test_going_on_without_a_verdict_skips_the_pair_and_keeps_the_left_answ
     left = await answers.nth(0).locator(".answer-text").inner_text()
     async with page.expect_request("**/v1/chat/completions") as request:
         await ask(page, "Second.")
-    assert (await request.value).post_data_json["messages"][1]["content"] == left
+    assert messages_of(await request.value)[1]["content"] == left
     await expect(page.locator(".verdict")).to_have_text("Skipped")
     (event,) = await stack.events(PreferenceRecorded, expected=1)
     assert event.outcome == "skip"
@@ -274,7 +281,7 @@ async def test_stop_keeps_what_was_said(page: Page) -> None:
     assert said.count("word") < 400
     async with page.expect_request("**/v1/chat/completions") as request:
         await ask(page, "Go on.")
-    assert (await request.value).post_data_json["messages"][1]["content"].strip() == said.strip()
+    assert messages_of(await request.value)[1]["content"].strip() == said.strip()
 
 
 async def test_markup_in_an_answer_is_text(page: Page) -> None:

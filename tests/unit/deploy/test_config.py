@@ -99,6 +99,8 @@ def test_a_mistake_is_named_before_anything_starts(text: str, says: str, tmp_pat
         ("serving", {"bases": {}}, "at least one base"),
         ("serving", {"bases": {"big": {"replicas": 1}}}, "model is missing"),
         ("sevring", {}, "unknown tables: sevring"),
+        ("trainer", {"variant": "nobody"}, "no policy has variant 'nobody'"),
+        ("release", {"policies": {"chat": [{"variant": "v", "base": "big"}]}}, "not served: big"),
     ],
 )
 def test_a_mistake_in_a_process_table_stops_the_launcher(

@@ -1,0 +1,80 @@
+"""``python -m online_trainer --config run/config.toml``: the trainer as a process."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import signal
+import sys
+import threading
+from pathlib import Path
+
+import torch
+
+from online_trainer.config import TrainerConfig
+from online_trainer.errors import TrainerError
+from online_trainer.policy import Policy, load_model
+from online_trainer.publish import VersionStore
+from online_trainer.trainer import Trainer
+from telemetry import logs, metrics, tracing
+from telemetry.config import TelemetryConfig, open_log
+from telemetry.configuration import InvalidConfiguration, read_table
+from telemetry.event_log import PositionLost
+from telemetry.manifest import base_digest
+from telemetry.process import announce_ready, signing_key
+
+log = logging.getLogger("online_trainer")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run until SIGTERM or SIGINT; 0 on a graceful stop, 1 where the message says what to mend."""
+    parser = argparse.ArgumentParser(prog="python -m online_trainer", description="Preferences in, versions out.")
+    parser.add_argument("--config", type=Path, required=True, help="the resolved configuration (TOML)")
+    path = parser.parse_args(arguments).config
+    logs.configure("trainer")
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    try:
+        serve(read_table(path, "telemetry", TelemetryConfig), read_table(path, "trainer", TrainerConfig), stop)
+    except (InvalidConfiguration, TrainerError, FileNotFoundError, PositionLost) as error:
+        log.error("%s", error, extra={"action": "trainer_stopped"})
+        return 1
+    return 0
+
+
+def serve(telemetry: TelemetryConfig, config: TrainerConfig, stop: threading.Event) -> None:
+    """Build the trainer from the configuration and run it."""
+    if not config.model:
+        raise InvalidConfiguration("[trainer]: model is missing: the folder of the base model")
+    torch.manual_seed(config.seed)
+    provider = tracing.configure("trainer", otlp_endpoint=telemetry.otlp_endpoint)
+    state, event_log = telemetry.state_path, open_log(telemetry)
+    policy = load_policy(config)
+    trainer = Trainer(
+        config,
+        policy,
+        event_log,
+        VersionStore(state / "versions", config, signing_key(state)),
+        folder=state / "trainer" / config.variant,
+        base_digest=base_digest(Path(config.model)),
+    )
+    url = f"http://127.0.0.1:{metrics.expose(config.metrics_port)}/metrics"
+    try:
+        trainer.run(stop, lambda: announce_ready(state, "trainer", metrics_url=url))
+    finally:
+        event_log.close()
+        provider.shutdown()
+
+
+def load_policy(config: TrainerConfig) -> Policy:
+    """The base model with fresh adapters."""
+    model, tokenizer = load_model(Path(config.model), config.dtype)
+    return Policy(
+        model, tokenizer,
+        rank=config.rank, alpha=config.alpha, layers=config.layers, targets=config.targets, seed=config.seed,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())

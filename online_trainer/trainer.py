@@ -1,0 +1,330 @@
+"""The loop: read the log, step when there are enough verdicts, checkpoint, tell, publish. Reads top to bottom.
+
+Nothing is told before the checkpoint that holds it is on disk, and what a checkpoint holds untold is told
+again after a restart, under the same event ids. So after ``kill -9`` at any point every verdict is in the
+surviving weights once, and consumers that deduplicate see each event once.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import msgspec
+from torch import Tensor
+
+from online_trainer import checkpoint, evaluate
+from online_trainer.checkpoint import TrainerState
+from online_trainer.config import TrainerConfig
+from online_trainer.errors import IncompatibleAdapter, InvalidCheckpoint
+from online_trainer.examples import Examples
+from online_trainer.ingest import Intake, IntakeState, Verdict
+from online_trainer.learner import Learner
+from online_trainer.lineage import Lineage
+from online_trainer.policy import Policy
+from online_trainer.publish import Draft, VersionStore, derived_id
+from telemetry import metrics, tracing
+from telemetry.event_log import Entry, EventLog, LogUnavailable, Reader
+from telemetry.events import (
+    PREFERENCES,
+    TOPIC_OF,
+    VERSIONS,
+    AnyEvent,
+    BatchTrained,
+    InvalidEvent,
+    PreferenceRecorded,
+    PreferenceRetracted,
+    ReleaseChanged,
+    decode,
+    encode,
+    key_of,
+    utc_now,
+)
+from telemetry.manifest import UntrustedVersion, base_version
+
+log = logging.getLogger("online_trainer")
+
+POLL_ENTRIES = 256
+POLL_S = 0.5
+RETRY_S = 1.0
+RESETTING = frozenset({"rejected", "rolled_back"})
+
+
+class Trainer:
+    """One variant's learner between the log and the version store."""
+
+    def __init__(
+        self,
+        config: TrainerConfig,
+        policy: Policy,
+        event_log: EventLog,
+        store: VersionStore,
+        *,
+        folder: Path,
+        base_digest: str,
+        now: Callable[[], datetime] = utc_now,
+    ) -> None:
+        self._config, self._policy, self._log, self._store = config, policy, event_log, store
+        self._folder, self._base_digest, self._now = folder, base_digest, now
+        self._examples = Examples(policy, config)
+        self._prompts = evaluate.probe_prompts(policy, config.probes, config.max_prompt_tokens)
+        self._learner = Learner(policy, config, self._drift().kl_per_token)
+        self._base_metrics: dict[str, float] = {}
+        self._published_at: datetime | None = None
+        self._oldest_drop_at: datetime | None = None
+
+        found = checkpoint.load_newest(folder)
+        self._number, state, tensors = found or (0, self._fresh(), {})
+        self._intake = _intake(config, state.intake)
+        self._lineage, self._untold, self._learner.step = state.lineage, list(state.untold), state.step
+        if found:
+            self._resume(state, tensors)
+
+    # ---- life -------------------------------------------------------------------------------------------------
+
+    def run(self, stop: threading.Event, on_ready: Callable[[], None]) -> None:
+        """Learn until ``stop``; waits for a log that is away; raises PositionLost."""
+        while not stop.is_set():
+            try:
+                self._session(stop, on_ready)
+            except LogUnavailable as error:
+                log.warning("%s: trying again", error, extra={"action": "trainer_waits"})
+                stop.wait(RETRY_S)
+
+    def _session(self, stop: threading.Event, on_ready: Callable[[], None]) -> None:
+        self.tell()
+        reader = self._log.reader((PREFERENCES, VERSIONS), self._intake.state().offsets)
+        try:
+            on_ready()
+            while not stop.is_set():
+                self.turn(reader)
+        finally:
+            reader.close()
+
+    def turn(self, reader: Reader, timeout_s: float = POLL_S) -> None:
+        """One round: read what is there, then at most one step and at most one publication."""
+        entries = reader.poll(max_entries=POLL_ENTRIES, timeout_s=timeout_s)
+        for entry in entries:
+            self._take(entry)
+        metrics.TRAINER_LAG.set(reader.lag())
+        if batch := self._due_batch(is_caught_up=len(entries) < POLL_ENTRIES):
+            self._train(batch)
+        elif self._is_due(self._oldest_drop_at, self._config.flush_s):
+            self._report_drops()
+        if self._lineage.preference_ids and self._may_publish():
+            self._publish()
+
+    # ---- what comes in ----------------------------------------------------------------------------------------
+
+    def _take(self, entry: Entry) -> None:
+        dropped = len(self._intake.dropped)
+        try:
+            event = decode(entry.payload)
+        except InvalidEvent:  # the recorder keeps it in the dead-letter topic
+            log.warning("entry skipped", extra={"action": "invalid_entry", "position": str(entry.position)})
+        else:
+            self._handle(event)
+        self._intake.passed(entry)
+        if len(self._intake.dropped) > dropped and self._oldest_drop_at is None:
+            self._oldest_drop_at = self._now()
+
+    def _handle(self, event: AnyEvent) -> None:
+        match event:
+            case PreferenceRecorded():
+                self._intake.record(event)
+            case PreferenceRetracted():
+                self._intake.retract(event)
+            case ReleaseChanged() if event.variant == self._config.variant and event.state in RESETTING:
+                if self._lineage.descends_from(event.version):
+                    self._fall_back(event.stable)
+
+    def _due_batch(self, *, is_caught_up: bool) -> list[Verdict]:
+        """The next step's new verdicts: a full batch, or what there is once the oldest has waited long enough."""
+        batch = self._intake.next_batch(self._config.batch_pairs)
+        is_full = len(batch) == self._config.batch_pairs
+        has_waited = is_caught_up and self._is_due(self._intake.waits_since(), self._config.flush_s)
+        return batch if is_full or (batch and has_waited) else []
+
+    def _is_due(self, since: datetime | None, after_s: float) -> bool:
+        return since is not None and self._now() - since >= timedelta(seconds=after_s)
+
+    # ---- a step -----------------------------------------------------------------------------------------------
+
+    def _train(self, batch: list[Verdict]) -> None:
+        with tracing.span("train step", linked=[verdict.trace for verdict in batch]) as span:
+            trace_id, span_id = tracing.ids(span)
+            replayed = self._learner.draw(self._intake.replay)
+            values = self._learner.learn(self._examples.of([*batch, *replayed]))
+        self._intake.trained(batch)
+        self._examples.keep(self._intake.usable_ids())
+        self._lineage = self._lineage.learned(batch, replayed)
+        event = BatchTrained(
+            event_id=derived_id(f"trained/{self._batch_id}/{'/'.join(v.preference_id for v in batch)}"),
+            trace_id=trace_id,
+            span_id=span_id,
+            batch_id=self._batch_id,
+            variant=self._config.variant,
+            step=self._learner.step,
+            preference_ids=tuple(verdict.preference_id for verdict in batch),
+            traces=tuple(verdict.trace for verdict in batch if verdict.trace[0]),
+            dropped=self._drops(),
+            metrics=values,
+        )
+        self._commit([event])
+        self._count(batch, values)
+
+    def _report_drops(self) -> None:
+        dropped = self._drops()
+        event = BatchTrained(
+            event_id=derived_id(f"dropped/{self._config.variant}/{'/'.join(name for name, _ in dropped)}"),
+            batch_id=self._batch_id,
+            variant=self._config.variant,
+            step=self._learner.step,
+            preference_ids=(),
+            dropped=dropped,
+        )
+        self._commit([event])
+
+    def _drops(self) -> tuple[tuple[str, str], ...]:
+        """Verdicts that no step will use and that nobody was told of yet; they count as told now."""
+        dropped, self._intake.dropped, self._oldest_drop_at = tuple(self._intake.dropped), [], None
+        for _, reason in dropped:
+            metrics.PAIRS_DROPPED.labels(self._config.variant, reason).inc()
+        return dropped
+
+    @property
+    def _batch_id(self) -> str:
+        return f"{self._config.variant}/{self._learner.step:06d}"
+
+    def _count(self, batch: list[Verdict], values: dict[str, float]) -> None:
+        variant = self._config.variant
+        metrics.STEPS.labels(variant).inc()
+        metrics.PAIRS_TRAINED.labels(variant).inc(len(batch))
+        ages = sorted((self._now() - verdict.occurred_at).total_seconds() for verdict in batch)
+        metrics.LABEL_AGE.labels(variant).set(ages[len(ages) // 2])
+        for name, value in values.items():
+            metrics.TRAIN_VALUE.labels(variant, name).set(value)
+        ids = {"action": "step_taken", "step": self._learner.step, "pairs": len(batch), "kl": round(values["kl"], 4)}
+        log.info("trained", extra=ids | {"margin": round(values["rewards/margins"], 4)})
+
+    # ---- a version --------------------------------------------------------------------------------------------
+
+    def _publish(self) -> None:
+        """Evaluate, write into the store, record in a checkpoint, tell: in this order."""
+        draft = Draft(
+            parent=self._lineage.parent,
+            base_digest=self._base_digest,
+            step=self._learner.step,
+            preference_ids=self._lineage.preference_ids,
+            metrics=self._evaluation(),
+            created_at=self._now(),
+        )
+        version, manifest = self._store.write(draft, self._policy.tensors())
+        event = self._store.announcement(version, manifest, self._lineage.oldest_verdict_at)
+        self._lineage, self._published_at = self._lineage.published(version), self._now()
+        self._commit([event])
+        if "heldout_win_rate" in draft.metrics:
+            win_rate = draft.metrics["heldout_win_rate"]
+            metrics.HELDOUT_WIN_RATE.labels(self._config.variant, version).set(win_rate)
+        log.info("published", extra={"action": "version_published", "version": version, **draft.metrics})
+
+    def _may_publish(self) -> bool:
+        return self._published_at is None or self._is_due(self._published_at, self._config.publish_interval_s)
+
+    def _evaluation(self) -> dict[str, float]:
+        """What the release gate reads."""
+        config = self._config
+        tokens, seed = config.probe_tokens, config.seed
+        if not self._base_metrics:
+            self._base_metrics = evaluate.probe_base(self._policy, self._prompts, tokens=tokens, seed=seed)
+        own = evaluate.probe(self._policy, self._prompts, tokens=tokens, seed=seed)
+        heldout = evaluate.heldout(self._policy, self._examples.of(self._intake.heldout))
+        return {**self._base_metrics, **own, **heldout}
+
+    def _fall_back(self, stable: str) -> None:
+        """A version that the weights descend from was refused: go back to the stable one, or to the base."""
+        try:
+            self._policy.load(self._store.read(stable))
+        except (FileNotFoundError, UntrustedVersion, IncompatibleAdapter) as error:
+            self._policy.reset()
+            if stable != base_version(self._base_digest):
+                log.warning("%s; starting from the base", error, extra={"action": "stable_unusable"})
+            stable = base_version(self._base_digest)
+        self._lineage = self._lineage.fallen_back(stable)
+        self._learner.forget_momentum()
+        log.info("fell back", extra={"action": "weights_reset", "version": stable})
+
+    # ---- what must survive ------------------------------------------------------------------------------------
+
+    def _commit(self, events: Sequence[AnyEvent]) -> None:
+        """Make the present state durable, with ``events`` in it, and then tell them."""
+        self._untold += [encode(event).decode() for event in events]
+        self._number += 1
+        tensors = self._policy.tensors() | checkpoint.optimizer_tensors(self._learner.optimizer)
+        checkpoint.save(self._folder, self._number, self._state(), tensors, self._config.keep_checkpoints)
+        self.tell()
+
+    def tell(self) -> None:
+        """Append what was not told yet, and wait until it is durable; raises LogUnavailable."""
+        events = [decode(text.encode()) for text in self._untold]
+        futures = [self._log.append(TOPIC_OF[type(e)], key_of(e), encode(e)) for e in events]
+        for future in futures:
+            future.result()
+        self._untold = []
+
+    def _state(self) -> TrainerState:
+        return TrainerState(
+            base_digest=self._base_digest,
+            step=self._learner.step,
+            lineage=self._lineage.forgotten({verdict.preference_id for verdict in self._intake.replay}),
+            intake=self._intake.state(),
+            untold=tuple(self._untold),
+        )
+
+    def _fresh(self) -> TrainerState:
+        lineage = Lineage(base_version(self._base_digest))
+        return TrainerState(base_digest=self._base_digest, lineage=lineage)
+
+    def _resume(self, state: TrainerState, tensors: dict[str, Tensor]) -> None:
+        """Go on from a checkpoint; raises InvalidCheckpoint where it is of another base or other settings."""
+        if state.base_digest != self._base_digest:
+            raise InvalidCheckpoint(f"{self._folder} was trained on another base model; move it away to start anew")
+        try:
+            self._policy.load({k: v for k, v in tensors.items() if not k.startswith("optimizer.")})
+        except IncompatibleAdapter as error:
+            raise InvalidCheckpoint(f"{self._folder}: {error}; restore the settings or move it away") from error
+        checkpoint.load_optimizer(self._learner.optimizer, tensors)
+        self._oldest_drop_at = self._now() if state.intake.dropped else None
+        self._announce_unannounced()
+
+    def _announce_unannounced(self) -> None:
+        """A version was written, and then the trainer died before its checkpoint: it is announced now."""
+        lineage = self._lineage
+        if not lineage.preference_ids:
+            return
+        found = self._store.unannounced(lineage.parent, self._learner.step, lineage.preference_ids)
+        if found is None:
+            return
+        event = self._store.announcement(*found, lineage.oldest_verdict_at)
+        self._lineage = lineage.published(found[0])
+        self._untold.append(encode(event).decode())
+
+    # ---- parts ------------------------------------------------------------------------------------------------
+
+    def _drift(self) -> evaluate.Drift:
+        """The yardstick of every step: the base's own answers to the probe prompts."""
+        config = self._config
+        with self._policy.as_reference():
+            answers = evaluate.sample(
+                self._policy, self._prompts, seed=config.seed, tokens=config.probe_tokens,
+                temperature=evaluate.PROBE_TEMPERATURE,
+            )  # fmt: skip
+        return evaluate.Drift(self._policy, answers.spoken().rows)
+
+
+def _intake(config: TrainerConfig, state: IntakeState) -> Intake:
+    names = ("policy", "heldout_ratio", "heldout_window", "replay_window", "max_pairs_per_user")
+    return Intake(state, **{name: value for name, value in msgspec.structs.asdict(config).items() if name in names})
