@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
-from rich.console import Console
 from rich.table import Table
 
 from deploy import config
@@ -124,7 +123,7 @@ def _up(options: argparse.Namespace) -> int:
 
 def _status(options: argparse.Namespace) -> int:
     from deploy.status import overview, read_status
-    from deploy.view import show_status
+    from deploy.view import console, show_status
 
     deployment = config.load(options.config, state=options.state)
     stack = read_status(deployment.state)
@@ -135,7 +134,7 @@ def _status(options: argparse.Namespace) -> int:
     if options.json:
         print(msgspec.json.format(msgspec.json.encode(found)).decode())
     else:
-        show_status(found, Console())
+        show_status(found, console())
     return 0 if stack.state == "ready" else 1
 
 
@@ -166,13 +165,13 @@ def _simulate(options: argparse.Namespace) -> int:
 def _releases(options: argparse.Namespace) -> int:
     from deploy.api import Api, ApiError
     from deploy.simulate import session
-    from deploy.view import show_releases
+    from deploy.view import console, show_releases
 
     async def act() -> None:
         async with session() as http:
             api = Api(http, _url(options), key=_key())
             if options.action == "list":
-                show_releases(await api.releases(), Console())
+                show_releases(await api.releases(), console())
                 return
             await api.order(options.action, options.version, force=options.force, reason=options.reason)
             print(f"{options.action} of {options.version} is ordered; `tiebreak releases list` shows what became of it")
@@ -194,6 +193,7 @@ def _export(options: argparse.Namespace) -> int:
 
 def _doctor(options: argparse.Namespace) -> int:
     from deploy.doctor import examine
+    from deploy.view import console
 
     table = Table(box=None, show_header=False)
     findings = list(examine(options.config, state=options.state, port=options.port))
@@ -201,7 +201,7 @@ def _doctor(options: argparse.Namespace) -> int:
     for finding in findings:
         mend = f"\n→ {finding.mend}" if finding.mend else ""
         table.add_row(f"[{colours[finding.verdict]}]{finding.verdict}[/]", finding.name, finding.detail + mend)
-    Console().print(table)
+    console().print(table)
     return 1 if any(finding.verdict == "fail" for finding in findings) else 0
 
 

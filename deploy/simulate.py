@@ -15,11 +15,11 @@ from functools import partial
 from typing import TypeVar
 
 import aiohttp
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from deploy.api import Answer, Api, ApiError
 from deploy.personas import EVALUATION_PROMPTS, PERSONAS, TRAINING_PROMPTS, choose
+from deploy.view import console
 
 MAX_TOKENS = 48
 ANSWER_TIMEOUT_S = 120.0
@@ -152,12 +152,12 @@ def session() -> aiohttp.ClientSession:
 
 async def simulate(url: str, persona: str, wanted: int, *, users: int, seed: int = 0, key: str = "") -> int:
     """What ``tiebreak simulate`` does; the exit status."""
-    console = Console()
+    out = console()
     clicks = Clicks(wanted)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     async with session() as http:
         api = Api(http, url, key=key)
-        with Progress(*columns, console=console) as progress:
+        with Progress(*columns, console=out) as progress:
             task = progress.add_task(f"{persona} clicks", total=wanted)
             await give_clicks(
                 api,
@@ -168,10 +168,8 @@ async def simulate(url: str, persona: str, wanted: int, *, users: int, seed: int
                 on_click=lambda c: progress.update(task, completed=c.given),
             )
         result = await compare(api, persona, users=users)
-    console.print(
-        f"clicks: {dict(clicks.choices)}" + (f", retried: {dict(clicks.failures)}" if clicks.failures else "")
-    )
-    console.print(
+    out.print(f"clicks: {dict(clicks.choices)}" + (f", retried: {dict(clicks.failures)}" if clicks.failures else ""))
+    out.print(
         f"{result.version} against base on {len(EVALUATION_PROMPTS)} new prompts: {result.wins} won, "
         f"{result.losses} lost, {result.ties} tied, win rate {result.win_rate:.2f}"
     )

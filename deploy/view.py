@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from deploy.status import Overview
 
 NEWEST = 15
+PIPE_WIDTH = 240  # columns where nobody looks but a program
+
+
+def console() -> Console:
+    """Standard output: as wide as the terminal, and wide enough for one entry a line elsewhere."""
+    return Console() if sys.stdout.isatty() else Console(width=PIPE_WIDTH)
+
+
+def _columns(*names: str) -> tuple[Column, ...]:
+    """Columns whose cells stay whole, so that names can be copied; only reasons wrap."""
+    return tuple(Column(name, no_wrap=name != "reason") for name in names)
 
 
 def show_status(found: Overview, console: Console) -> None:
     """Processes, channels, numbers."""
     stack = found.stack
     console.print(f"[bold]{stack.state}[/]  {stack.url}  state {stack.state_folder}  config {stack.config}")
-    processes = Table("process", "state", "pid", "restarts", "ready after", "metrics", box=None)
+    processes = Table(*_columns("process", "state", "pid", "restarts", "ready after", "metrics"), box=None)
     for process in stack.processes:
         processes.add_row(
             process.name,
@@ -39,7 +51,7 @@ def show_releases(releases: dict[str, Any], console: Console) -> None:
     """Channels of every variant, then the latest changes."""
     policies = releases["routing"]["policies"]
     console.print(channels(tuple({"policy": name, **route} for name, routes in policies.items() for route in routes)))
-    changes = Table("when", "variant", "version", "became", "by", "reason", box=None)
+    changes = Table(*_columns("when", "variant", "version", "became", "by", "reason"), box=None)
     for entry in releases["history"][:NEWEST]:
         changes.add_row(
             entry["at"][11:19], entry["variant"], entry["version"], entry["state"], entry["actor"], entry["reason"]
@@ -49,7 +61,7 @@ def show_releases(releases: dict[str, Any], console: Console) -> None:
 
 def channels(variants: tuple[dict[str, Any], ...]) -> Table:
     """One line a variant: which version each channel points at."""
-    table = Table("policy", "variant", "stable", "previous", "canary", "shadow", box=None)
+    table = Table(*_columns("policy", "variant", "stable", "previous", "canary", "shadow"), box=None)
     for variant in variants:
         canary = f"{variant['canary']} ({variant['canary_ratio']:.0%})" if variant.get("canary") else ""
         table.add_row(

@@ -56,7 +56,9 @@ class TextConfig(_Table, frozen=True):
     max_surprise_ratio: float = 2.0
     surprise_slack: float = 0.5
     # Share of words that look like none (probe answers only): above reference + this.
-    strange_slack: float = 0.2
+    strange_slack: float = 0.15
+    # Share of tokens that run into the word before them (probe answers only): above reference + this.
+    glued_slack: float = 0.15
     # Median time to first token and per further token: above multiple × reference + slack seconds.
     max_latency_ratio: float = 3.0
     ttft_slack_s: float = 1.0

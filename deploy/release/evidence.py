@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from math import sqrt
 from statistics import fmean, median
 
@@ -27,6 +28,7 @@ class Observation(msgspec.Struct, frozen=True, array_like=True):
     repetition_ratio: float = 0.0
     surprise: float = 0.0  # mean −log-prob per token, nats
     strange_ratio: float = 0.0  # only where the text was at hand (probes)
+    glued_ratio: float = 0.0  # likewise
 
 
 class Summary(msgspec.Struct, frozen=True):
@@ -42,6 +44,7 @@ class Summary(msgspec.Struct, frozen=True):
     repetition_ratio: float
     surprise: float
     strange_ratio: float
+    glued_ratio: float
 
     @property
     def error_ratio(self) -> float:
@@ -68,6 +71,7 @@ def summarise(window: Iterable[Observation]) -> Summary:
         repetition_ratio=_mean(seen.repetition_ratio for seen in told),
         surprise=_mean(seen.surprise for seen in told),
         strange_ratio=_mean(seen.strange_ratio for seen in told),
+        glued_ratio=_mean(seen.glued_ratio for seen in told),
     )
 
 
@@ -95,6 +99,16 @@ def strange_ratio(text: str) -> float:
     """Share of words that look like none: inner capitals, digits between letters, over 20 letters long."""
     words = text.split()
     return _mean(float(_STRANGE.search(word) is not None) for word in words)
+
+
+def glued_ratio(tokens: Sequence[str]) -> float:
+    """Share of tokens that go on with the word before them, letter to letter.
+
+    Language keeps it low (0.01 to 0.05 in English, 0.16 in a small model's poor French); tokens drawn at random
+    from a vocabulary have about 0.3, whatever else they look like.
+    """
+    neighbours = pairwise(tokens)
+    return _mean(float(before[-1:].isalpha() and after[:1].isalpha()) for before, after in neighbours)
 
 
 def wilson_upper(wins: float, trials: float, z: float) -> float:

@@ -191,6 +191,8 @@ def _text_breach(mine: Summary, reference: Summary, limits: TextConfig) -> str:
         return f"degenerate: repetition {mine.repetition_ratio:.2f} is above {repetition_limit:.2f}"
     if mine.strange_ratio > reference.strange_ratio + limits.strange_slack:
         return f"degenerate: {mine.strange_ratio:.0%} of the words look like none"
+    if mine.glued_ratio > reference.glued_ratio + limits.glued_slack:
+        return f"degenerate: {mine.glued_ratio:.0%} of the tokens run into the word before them"
     if not is_known:
         return ""
     if mine.surprise > surprise_limit:
@@ -222,5 +224,7 @@ def _evidence(mine: Summary) -> dict[str, float]:
         "repetition_ratio": mine.repetition_ratio,
         "length_tokens": mine.tokens,
         "surprise": mine.surprise,
+        "strange_ratio": mine.strange_ratio,
+        "glued_ratio": mine.glued_ratio,
         "ttft_s": mine.ttft_s,
     }

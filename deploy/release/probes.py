@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from deploy.release.evidence import Observation, strange_ratio
+from deploy.release.evidence import Observation, glued_ratio, strange_ratio
 from deploy.release.state import Probed, Window
 from telemetry.text import repetition_ratio
 
@@ -101,7 +101,6 @@ class Prober:
             "max_tokens": self._tokens,
             "temperature": question.temperature,
             "top_p": question.top_p,
-            "seed": index,
             "logprobs": True,
             "preference": {"pair": "never"},
         }
@@ -125,7 +124,8 @@ def observation_of(answer: dict[str, Any], duration_s: float) -> Observation:
     choice = answer["choices"][0]
     text = choice["message"]["content"] or ""
     tokens = int(answer["usage"]["completion_tokens"])
-    logps = [float(token["logprob"]) for token in (choice.get("logprobs") or {}).get("content") or ()]
+    told = (choice.get("logprobs") or {}).get("content") or ()
+    logps = [float(token["logprob"]) for token in told]
     return Observation(
         at_s=time.time(),
         is_unsafe=choice["finish_reason"] == "content_filter",
@@ -134,4 +134,5 @@ def observation_of(answer: dict[str, Any], duration_s: float) -> Observation:
         repetition_ratio=repetition_ratio(text),
         surprise=-sum(logps) / len(logps) if logps else 0.0,
         strange_ratio=strange_ratio(text),
+        glued_ratio=glued_ratio([str(token["token"]) for token in told]),
     )

@@ -51,14 +51,23 @@ def test_a_click_is_stored_trained_on_and_live(tiny_stack: RunningStack) -> None
     assert stages["live"]["version"] != "v000000"
 
 
+def stable_of(stack: RunningStack) -> dict[str, str]:
+    """The route of the policy's first variant."""
+    route: dict[str, str] = stack.call(lambda api: api.releases())["routing"]["policies"]["chat"][0]
+    return route
+
+
 def test_answers_come_from_the_version_that_learned(tiny_stack: RunningStack) -> None:
-    releases = tiny_stack.call(lambda api: api.releases())
-    route = releases["routing"]["policies"]["chat"][0]
-    assert route["stable"] != route["base_version"], tiny_stack.said()
+    def is_promoted() -> bool:
+        tiny_stack.clicks(1)
+        route = stable_of(tiny_stack)
+        return route["stable"] != route["base_version"]
+
+    tiny_stack.wait_for(is_promoted, LIVE_LIMIT_S, "a trained version is stable")
     answer = tiny_stack.call(lambda api: api.ask("Hello?", model="chat@stable", max_tokens=2))
     base = tiny_stack.call(lambda api: api.ask("Hello?", model="chat@base", max_tokens=2))
     assert re.fullmatch(r"v\d{6}-[0-9a-f]{8}", answer.version)
-    assert answer.version != base.version == route["base_version"]
+    assert answer.version != base.version == stable_of(tiny_stack)["base_version"]
 
 
 def test_status_shows_processes_channels_counts_and_lag(tiny_stack: RunningStack) -> None:
@@ -93,9 +102,8 @@ def test_export_writes_rows_that_trl_reads(tiny_stack: RunningStack, tmp_path: P
 
 
 def test_an_operator_rolls_back_and_the_history_says_who(tiny_stack: RunningStack) -> None:
-    route = tiny_stack.call(lambda api: api.releases())["routing"]["policies"]["chat"][0]
-    stable = route["stable"]
-    assert stable != route["base_version"], "nothing was released before"
+    stable = stable_of(tiny_stack)["stable"]
+    assert stable != stable_of(tiny_stack)["base_version"], "nothing was released before"
     assert tiebreak(tiny_stack, "releases", "rollback", stable, "--reason", "a drill").returncode == 0
 
     def is_back() -> bool:

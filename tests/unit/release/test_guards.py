@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from msgspec.structs import replace
 
-from deploy.release.evidence import Observation, observe, strange_ratio, summarise, wilson_upper
+from deploy.release.evidence import Observation, glued_ratio, observe, strange_ratio, summarise, wilson_upper
 from deploy.release.guards import Score, judge_canary, judge_probes, judge_watch, offline_gate
 from telemetry.events import CompletionServed
 from tests.unit.release.story import FAILED, GIBBERISH, GOOD_METRICS, HEALTHY, LIMITS
@@ -58,6 +58,7 @@ def test_a_win_rate_on_too_few_heldout_pairs_is_not_asked_for() -> None:
         (replace(HEALTHY, surprise=8.0), "surprise"),
         (replace(HEALTHY, tokens=4), "times as long"),
         (replace(HEALTHY, strange_ratio=0.6), "look like none"),
+        (replace(HEALTHY, glued_ratio=0.3), "run into the word"),
         (replace(HEALTHY, tpot_s=2.0), "time per token"),
         (replace(HEALTHY, ttft_s=9.0), "first token"),
         (replace(HEALTHY, is_unsafe=True), "unsafe"),
@@ -141,3 +142,17 @@ def test_a_completion_becomes_seconds_a_token_and_nats() -> None:
 )
 def test_words_that_are_none_are_told_from_words(text: str, ratio: float) -> None:
     assert strange_ratio(text) == ratio
+
+
+@pytest.mark.parametrize(
+    ("tokens", "ratio"),
+    [
+        (["Explain", " rain", " to", " a", " child", "."], 0.0),
+        (["un", "believ", "able", " rain", "!"], 0.5),
+        ([" then", "plement", "ary", "ru", "le"], 1.0),
+        (["alone"], 0.0),
+        ([], 0.0),
+    ],
+)
+def test_tokens_that_run_into_the_word_before_them_are_counted(tokens: list[str], ratio: float) -> None:
+    assert glued_ratio(tokens) == ratio

@@ -1,0 +1,63 @@
+"""Tokens and rows: what each side sees, and how rows are grouped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from online_trainer.batches import PairTokens, completion_tokens, micro_batches, pack, prompt_tokens
+from online_trainer.policy import Policy, load_model, pair_logps
+from telemetry.events import Message
+from tests.unit.online_trainer.kit import completion, tokens
+
+
+def plain_logp(policy: Policy, prompt: tuple[int, ...], answer: tuple[int, ...]) -> float:
+    """Log-prob of ``answer`` by an ordinary forward pass over an ordinary sequence."""
+    ids = torch.tensor([prompt + answer])
+    with torch.no_grad():
+        logits = policy.model(input_ids=ids).logits[0, len(prompt) - 1 : -1]
+    return float(logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None]).sum())
+
+
+def test_a_shared_prompt_row_gives_both_sides_the_log_probs_of_two_ordinary_sequences(policy: Policy) -> None:
+    pairs = [tokens(5, 3, 4), tokens(2, 6, 1, start=40), tokens(7, 1, 1, start=60)]
+    rows = pack(pairs)
+    with torch.no_grad():
+        chosen_B, rejected_B = pair_logps(rows, policy.upper(rows, policy.lower(rows)))
+    for index, pair in enumerate(pairs):
+        assert abs(chosen_B[index].item() - plain_logp(policy, pair.prompt, pair.chosen)) < 1e-3
+        assert abs(rejected_B[index].item() - plain_logp(policy, pair.prompt, pair.rejected)) < 1e-3
+
+
+def test_only_positions_that_predict_a_completion_get_logits() -> None:
+    rows = pack([tokens(50, 3, 2), tokens(9, 1, 0)])
+    assert len(rows.source_M) == 3 + 2 + 1
+    assert rows.side_M.tolist() == [0, 0, 0, 2, 2, 1]
+
+
+def test_an_answer_that_ended_by_itself_carries_the_end_token_and_a_cut_one_does_not(tiny_model: Path) -> None:
+    _, tokenizer = load_model(tiny_model, "float32")
+    ended = completion_tokens(tokenizer, completion("hi"), 100)
+    cut = completion_tokens(tokenizer, completion("hi", finish_reason="length"), 100)
+    assert ended == (*cut, tokenizer.eos_token_id)
+    assert len(completion_tokens(tokenizer, completion("a long answer"), 5)) == 5
+
+
+def test_a_long_prompt_keeps_its_end_where_the_question_and_the_answers_start_are(tiny_model: Path) -> None:
+    _, tokenizer = load_model(tiny_model, "float32")
+    prompt = (Message(role="user", content="x" * 300),)
+    whole, cut = prompt_tokens(tokenizer, prompt, 10_000), prompt_tokens(tokenizer, prompt, 20)
+    assert len(whole) > 300 and cut == whole[-20:]
+
+
+def test_micro_batches_stay_within_the_budget_and_hold_every_pair_once() -> None:
+    lengths = [30, 10, 200, 12, 31, 9]
+    groups = list(micro_batches(lengths, 64))
+    assert sorted(index for group in groups for index in group) == list(range(6))
+    assert all(len(g) == 1 or max(lengths[i] for i in g) * len(g) <= 64 for g in groups)
+    assert [2] in groups  # longer than the budget: alone
+
+
+def test_a_row_is_as_long_as_prompt_and_both_answers() -> None:
+    assert PairTokens((1, 2), (3,), (4, 5)).total == 5

@@ -1,0 +1,65 @@
+"""What is measured before anyone meets a version."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from online_trainer.evaluate import Drift, divergence, heldout, probe, probe_base, probe_prompts, sample
+from online_trainer.policy import Policy
+from tests.unit.online_trainer.kit import CONFIG, tokens
+from tests.unit.online_trainer.test_policy import scramble
+
+GATE_METRICS = {"kl_per_token", "probe_repetition", "probe_length_tokens", "probe_entropy", "probe_perplexity"}
+
+
+def test_divergence_of_two_coins_worked_by_hand() -> None:
+    p, q = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.25, 0.75]]).log()
+    found = divergence(p, q, torch.tensor([0]))
+    assert found.kl == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(2 / 3))
+    assert found.entropy == pytest.approx(math.log(2))
+    assert found.surprise == pytest.approx(math.log(4))
+
+
+def test_drift_is_zero_at_the_base_and_grows_with_what_was_learned(policy: Policy) -> None:
+    drift = Drift(policy, [tokens(3, 6, 6)])
+    assert drift.kl_per_token() == pytest.approx(0.0, abs=1e-6)
+    scramble(policy, 0.05)
+    near = drift.kl_per_token()
+    scramble(policy, 0.3)
+    assert 0 < near < drift.kl_per_token()
+
+
+def test_answers_are_reproducible_by_seed_and_end_at_the_end_token(policy: Policy) -> None:
+    prompts = probe_prompts(policy, CONFIG.probes, 100)
+    first = sample(policy, prompts, tokens=8, temperature=1.0, seed=1)
+    assert first == sample(policy, prompts, tokens=8, temperature=1.0, seed=1)
+    assert first != sample(policy, prompts, tokens=8, temperature=1.0, seed=2)
+    end = policy.tokenizer.eos_token_id
+    assert all(1 <= len(row.chosen) <= 8 and end not in row.chosen[:-1] for row in first.rows)
+
+
+def test_sampling_leaves_the_processs_random_numbers_alone(policy: Policy) -> None:
+    prompts = probe_prompts(policy, CONFIG.probes, 100)
+    torch.manual_seed(5)
+    wanted = torch.rand(3)
+    torch.manual_seed(5)
+    sample(policy, prompts, tokens=4, temperature=1.0, seed=1)
+    assert torch.equal(torch.rand(3), wanted)
+
+
+def test_the_probe_gives_every_number_that_the_release_gate_reads(policy: Policy) -> None:
+    prompts = probe_prompts(policy, CONFIG.probes, 100)
+    base, own = (f(policy, prompts, tokens=6, seed=0) for f in (probe_base, probe))
+    assert set(own) == GATE_METRICS
+    assert set(base) == {f"base_{name}" for name in GATE_METRICS - {"kl_per_token"}}
+    assert own["kl_per_token"] == pytest.approx(0.0, abs=1e-5)
+    assert own["probe_perplexity"] == pytest.approx(base["base_probe_perplexity"], rel=1e-4)
+    scramble(policy)
+    assert probe(policy, prompts, tokens=6, seed=0)["kl_per_token"] > 0.001
+
+
+def test_without_held_out_verdicts_there_is_no_win_rate(policy: Policy) -> None:
+    assert heldout(policy, []) == {"heldout_pairs": 0.0}

@@ -1,0 +1,113 @@
+"""Which verdicts a step may use, and what happens to every other."""
+
+from __future__ import annotations
+
+import msgspec
+
+from online_trainer.ingest import IntakeState, is_held_out
+from telemetry.event_log import Entry, Position
+from telemetry.events import Message, PreferenceRetracted
+from tests.unit.online_trainer.kit import START, intake, prompt_that_is, verdict
+
+
+def retraction(number: int) -> PreferenceRetracted:
+    return PreferenceRetracted(preference_id=f"preference-{number}", pair_id=f"pair-{number}", user="u")
+
+
+def test_a_verdict_seen_twice_waits_once() -> None:
+    found = intake()
+    found.record(verdict(1))
+    found.record(verdict(1))
+    assert [v.preference_id for v in found.pending] == ["preference-1"]
+    found.trained(found.next_batch(8))
+    found.record(verdict(1))
+    assert not found.pending
+
+
+def test_ties_identical_and_empty_answers_are_dropped_with_their_reason() -> None:
+    found = intake()
+    for number, outcome in enumerate(("tie", "both_bad", "skip")):
+        found.record(verdict(number, outcome=outcome))  # type: ignore[arg-type]
+    found.record(verdict(3, chosen="same", rejected="same"))
+    found.record(verdict(4, chosen="text", rejected="  "))
+    reasons = dict(found.dropped)
+    assert not found.pending
+    assert [reasons[f"preference-{n}"] for n in range(5)] == ["no_preference"] * 3 + ["identical", "empty"]
+
+
+def test_a_held_out_prompt_judges_versions_and_is_never_trained_on() -> None:
+    found = intake(heldout_ratio=0.1)
+    found.record(verdict(1, prompt=prompt_that_is(True)))
+    found.record(verdict(2, prompt=prompt_that_is(False)))
+    assert [v.preference_id for v in found.heldout] == ["preference-1"]
+    assert [v.preference_id for v in found.pending] == ["preference-2"]
+    assert found.dropped == [("preference-1", "held_out")]
+
+
+def test_about_a_tenth_of_prompts_is_held_out_and_the_split_depends_on_the_prompt_alone() -> None:
+    prompts = [(Message(role="user", content=f"question {n}"),) for n in range(2000)]
+    share = sum(is_held_out(prompt, 0.1) for prompt in prompts) / 2000
+    assert 0.08 < share < 0.12
+    assert all(is_held_out(p, 0.2) for p in prompts if is_held_out(p, 0.1))
+
+
+def test_a_verdict_retracted_before_training_is_dropped_and_told() -> None:
+    found = intake()
+    found.record(verdict(1))
+    found.retract(retraction(1))
+    assert not found.pending and found.dropped == [("preference-1", "retracted")]
+
+
+def test_a_verdict_retracted_after_training_is_not_replayed_again() -> None:
+    found = intake()
+    found.record(verdict(1))
+    found.trained(found.next_batch(8))
+    found.retract(retraction(1))
+    assert not found.replay and not found.dropped
+
+
+def test_one_eager_user_fills_no_batch_and_loses_no_verdict() -> None:
+    found = intake(max_pairs_per_user=2)
+    for number in range(6):
+        found.record(verdict(number, user="eager"))
+    found.record(verdict(6, user="calm"))
+    first = found.next_batch(4)
+    assert [v.preference_id for v in first] == ["preference-0", "preference-1", "preference-6"]
+    found.trained(first)
+    assert [v.preference_id for v in found.next_batch(4)] == ["preference-2", "preference-3"]
+
+
+def test_another_policys_verdicts_are_another_trainers_affair() -> None:
+    found = intake(policy="chat")
+    found.record(verdict(1, policy="code"))
+    assert not found.pending and not found.dropped
+
+
+def test_the_waiting_time_is_that_of_the_oldest_verdict() -> None:
+    found = intake()
+    assert found.waits_since() is None
+    found.record(verdict(0))
+    found.record(verdict(9))
+    assert found.waits_since() == START
+
+
+def test_windows_keep_the_newest() -> None:
+    found = intake(replay_window=3)
+    for number in range(5):
+        found.record(verdict(number))
+        found.trained(found.next_batch(8))
+    assert [v.preference_id for v in found.replay] == ["preference-2", "preference-3", "preference-4"]
+
+
+def test_state_survives_json_and_goes_on_alike() -> None:
+    found = intake(heldout_ratio=0.1)
+    for number in range(5):
+        found.record(verdict(number))
+    found.record(verdict(7, prompt=prompt_that_is(True)))
+    found.passed(Entry(Position("topic", 2, 41), "key", b""))
+    found.trained(found.next_batch(2))
+    restored = intake(msgspec.json.decode(msgspec.json.encode(found.state()), type=IntakeState), heldout_ratio=0.1)
+    assert restored.state() == found.state()
+    assert restored.offsets == {"topic": {2: 42}}
+    restored.record(verdict(3))
+    assert restored.state() == found.state()
