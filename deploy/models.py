@@ -18,6 +18,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 FORMAT = 1  # raise it when a conversion writes something different
 FREE_BYTES = {"package": 700_000_000, "tiny": 5_000_000}  # the folder, its staging twin, and some air
@@ -126,7 +127,7 @@ def convert_package(name: str, folder: Path) -> None:
     if len(files) != 1:
         raise ModelUnavailable(f"package {name}: expected one *.gguf inside, found {len(files)}")
     source, gguf = files[0].parent, files[0].name
-    loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf, dtype="bfloat16")
+    loaded: Any = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf, dtype="bfloat16")
     # a model that came from GGUF counts as quantised and refuses to be saved: its weights go into a fresh one
     if hasattr(loaded.config, "quantization_config"):
         del loaded.config.quantization_config
@@ -148,7 +149,7 @@ def make_tiny(seed: int, folder: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(symbol, special=True) for symbol in specials])
-    fast = PreTrainedTokenizerFast(
+    fast: Any = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer, unk_token=specials[0], bos_token=specials[1], eos_token=specials[2],
         pad_token=specials[2], chat_template=CHATML, clean_up_tokenization_spaces=False,
     )  # fmt: skip

@@ -174,11 +174,13 @@ class Preferences:
 
     async def _append(self, claim: Claim) -> Receipt:
         event = claim.event
+        lock = LOCK_KEY + event.pair_id
         try:
             durable = await self._ledger.durable(event)
-            await self._book.accept(event, durable)
-        finally:
-            await self._redis.delete(LOCK_KEY + event.pair_id)
+            await self._book.accept(event, durable, lock)
+        except Exception:  # re-raised: the next try need not wait for the lease to end
+            await self._redis.delete(lock)
+            raise
         count_verdict(event)
         return receipt(event, claim.choice, durable, replayed=False)
 

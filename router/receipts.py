@@ -76,8 +76,8 @@ class ReceiptBook:
             return None
         return Verdict(msgspec.json.decode(claim, type=Claim), (durable or b"").decode())
 
-    async def accept(self, event: PreferenceRecorded, durable: str) -> None:
-        """The event is durable: from here on the same verdict is a replay."""
+    async def accept(self, event: PreferenceRecorded, durable: str, lock: str) -> None:
+        """The event is durable: from here on the same verdict is a replay; ``lock`` is let go with it."""
         fields = {
             "pair_id": event.pair_id,
             "user": event.user,
@@ -88,6 +88,7 @@ class ReceiptBook:
             for name, value in fields.items():  # the recorder may have been here first
                 pipeline.hsetnx(receipt_key(event.event_id), name, value)
             pipeline.hset(VERDICT_KEY + event.pair_id, "durable", durable)
+            pipeline.delete(lock)
             await pipeline.execute()
 
     async def read(self, preference_id: str, caller: Caller) -> Timeline:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from serving.errors import UnsupportedModel
 from serving.kv import ATTENTION, KvRows, Prompt, StepKv
@@ -37,6 +38,7 @@ class Runner:
         max_context: int,
     ) -> None:
         self.device = device
+        disable_progress_bar()
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
         self.model = model.to(device).eval()
         config = self.model.config.get_text_config()

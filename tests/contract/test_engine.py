@@ -20,6 +20,7 @@ from serving.errors import (
 )
 from serving.replica import build_replica
 from telemetry.manifest import read_version
+from tests.unit.serving.conftest import tiny_model as tiny_model
 from tests.unit.serving.kit import KEY, answer, last_of, publish, request, text_of
 
 Publish = Callable[[int], Awaitable[str]]
@@ -40,8 +41,12 @@ async def engine(request: pytest.FixtureRequest, tiny_model: Path, tmp_path: Pat
 def load(engine: Engine, tiny_model: Path, tmp_path: Path) -> Publish:
     """Publish adapter ``sequence``, load it into the engine; its version."""
 
+    published: dict[int, tuple[str, Path]] = {}
+
     async def load_one(sequence: int) -> str:
-        version, folder = publish(tmp_path, tiny_model, sequence)
+        if sequence not in published:
+            published[sequence] = publish(tmp_path, tiny_model, sequence)
+        version, folder = published[sequence]
         await engine.load(version, folder, read_version(folder, KEY))
         return version
 

@@ -96,6 +96,27 @@ def test_time_without_replicas_is_not_held_against_a_version() -> None:
     assert story.state.route.shadow == V1
 
 
+def test_a_canary_that_a_replica_has_lost_waits_until_every_replica_holds_it_again() -> None:
+    story = Story()
+    story.to_canary(V1)
+    story.load()  # a replica restarted
+    story.serve(V1, times=6)
+    story.judge(V1, BASE, times=4)
+    assert story.state.route.canary == V1
+    story.load(V1)
+    assert story.state.route.stable == V1
+
+
+def test_a_shadow_that_a_replica_has_lost_since_its_probes_were_asked_stays_a_shadow() -> None:
+    story = Story()
+    story.probe(BASE)
+    story.publish(V1)
+    story.load(V1)
+    story.load()
+    story.probe(V1)
+    assert (story.state.route.shadow, story.state.route.canary) == (V1, "")
+
+
 def test_a_canary_without_evidence_stays_a_canary_and_never_becomes_stable() -> None:
     story = Story()
     story.to_canary(V1)
@@ -398,7 +419,8 @@ def test_whatever_happens_stable_was_ready_on_every_replica_when_it_became_stabl
             held = frozenset(draw.sample(versions, draw.randint(0, 8))) | {BASE}
             story.ready = None if draw.random() < 0.2 else held
         stable_before, changes_before = story.state.route.stable, len(story.changes)
-        story.take(_anything(draw, versions, story.now_s))
+        trial = story.state.trial.candidate.version if story.state.trial else BASE
+        story.take(_anything(draw, versions, (trial, story.state.route.stable), story.now_s))
         was_ready |= story.ready or frozenset()
         promoted = [change.version for change in story.changes[changes_before:] if change.state == "stable"]
         assert all(version in (story.ready or frozenset()) for version in promoted)
@@ -409,8 +431,10 @@ def test_whatever_happens_stable_was_ready_on_every_replica_when_it_became_stabl
         assert not (route.canary and route.shadow), "one trial at a time"
 
 
-def _anything(draw: random.Random, versions: list[str], now_s: float) -> Input:
-    version = draw.choice([BASE, *versions])
+def _anything(draw: random.Random, versions: list[str], live: tuple[str, str], now_s: float) -> Input:
+    """Half of what happens concerns the version on trial and stable, so that trials come to an end."""
+    version = draw.choice([BASE, *versions]) if draw.random() < 0.5 else draw.choice(live)
+    rival = live[1] if version == live[0] else live[0]
     seen = replace(draw.choice([HEALTHY, HEALTHY, HEALTHY, GIBBERISH, FAILED]), at_s=now_s)
     metrics = GOOD_METRICS if draw.random() < 0.8 else {}
     word = draw.choice(["promote", "rollback"])
@@ -419,7 +443,7 @@ def _anything(draw: random.Random, versions: list[str], now_s: float) -> Input:
             Published(Candidate(version=version, parent=draw.choice([BASE, *versions]), metrics=metrics)),
             Served(version, seen),
             Served(version, seen),
-            Judged(draw.choice("abc"), version, draw.choice([BASE, *versions]), draw.random() < 0.2, now_s),
+            Judged(draw.choice("abc"), version, rival, draw.random() < 0.2, now_s),
             Probed(version, (seen,) * 4),
             Probed(version, (replace(HEALTHY, at_s=now_s),) * 4),
             Commanded(word, version, force=draw.random() < 0.5),  # type: ignore[arg-type]

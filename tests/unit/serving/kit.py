@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from contextlib import aclosing
+from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from serving.engine import Engine
 from serving.wire import Chunk, GenerateRequest, Sampling
-from telemetry.events import Message, utc_now
+from telemetry.events import Message
 from telemetry.manifest import ADAPTER_FILE, Manifest, base_digest, file_digest, write_version
 
 KEY = b"k" * 32
@@ -29,7 +31,7 @@ def publish(
     save_file(adapter_tensors(model, sequence, rank), source)
     fields: dict[str, Any] = {
         "variant": "chat-main", "sequence": sequence, "parent": "", "base": "tiny",
-        "base_digest": base_digest(model), "created_at": utc_now(), "step": sequence, "rank": rank,
+        "base_digest": base_digest(model), "created_at": datetime(2026, 1, 1, tzinfo=UTC), "step": sequence, "rank": rank,
         "alpha": 2.0 * rank, "target_modules": TARGETS, "files": {ADAPTER_FILE: file_digest(source)},
     }  # fmt: skip
     manifest = Manifest(**(fields | changes))
@@ -38,14 +40,22 @@ def publish(
 
 def adapter_tensors(model: Path, seed: int, rank: int) -> dict[str, torch.Tensor]:
     dice = torch.Generator().manual_seed(seed)
-    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     tensors = {}
-    for name, module in base.named_modules():
-        if name.endswith(TARGETS):
-            a = torch.randn(rank, module.in_features, generator=dice)
-            b = torch.randn(module.out_features, rank, generator=dice)
-            tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = a * 0.2, b * 0.2
+    for name, (inputs, outputs) in _shapes(model).items():
+        a = torch.randn(rank, inputs, generator=dice)
+        b = torch.randn(outputs, rank, generator=dice)
+        tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = a * 0.2, b * 0.2
     return tensors
+
+
+@cache
+def _shapes(model: Path) -> dict[str, tuple[int, int]]:
+    base = AutoModelForCausalLM.from_pretrained(model)
+    return {
+        name: (module.in_features, module.out_features)
+        for name, module in base.named_modules()
+        if name.endswith(TARGETS)
+    }
 
 
 class Reference:
