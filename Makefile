@@ -6,7 +6,7 @@
 #   make check   format, lint, strict types, import directions
 #   make bench   every figure of the README, measured here
 
-.PHONY: help setup up test demo check bench bench-% lock clean
+.PHONY: help setup up test demo check bench bench-% pictures lock clean
 .DEFAULT_GOAL := help
 
 PYTHON := .venv/bin/python
@@ -54,6 +54,11 @@ bench: setup
 
 bench-%: setup
 	$(PYTHON) -m tests.bench.bench_$*
+
+# The README's pictures, by the commands themselves.
+pictures: setup
+	.venv/bin/tiebreak demo --out deploy/pictures/demo.png
+	$(PYTHON) -m tests.bench.page_picture
 
 # Pin everything anew. No registry host gets into the lock.
 lock: setup

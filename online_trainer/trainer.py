@@ -158,6 +158,9 @@ class Trainer:
             trace_id, span_id = tracing.ids(span)
             replayed = self._learner.draw(self._intake.replay)
             values = self._learner.learn(self._examples.of([*batch, *replayed]))
+        for verdict in batch:
+            if verdict.trace[0]:  # a mark in the verdict's own trace, so that one trace leads from click to version
+                tracing.record("trained", within=tracing.parent(*verdict.trace), linked=[(trace_id, span_id)])
         self._intake.trained(batch)
         self._examples.keep(self._intake.usable_ids())
         self._lineage = self._lineage.learned(batch, replayed)
