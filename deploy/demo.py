@@ -21,7 +21,6 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
-import aiohttp
 from rich.console import Console
 
 from deploy import config, machine
@@ -40,7 +39,6 @@ USERS = 6
 MAX_TOKENS = 32
 LOOK_EVERY = 50  # clicks between two looks at the win rate, and the prompts of a look in between
 LOOK_PROMPTS = 20
-START_LIMIT_S = 180.0
 SETTLE_LIMIT_S = 60.0
 ROLLBACK_LIMIT_S = 100.0
 POLL_S = 0.7
@@ -81,7 +79,7 @@ def _stack(path: Path, state: str) -> Iterator[str]:
 async def _tell(story: Story, url: str, deployment: config.Deployment, console: Console) -> None:
     """Start, click, compare, break, recover."""
     async with session() as http, display(story, console):
-        await _wait_until_ready(http, url, deployment.state)
+        await _wait_until_ready(deployment)
         api = Api(http, url)
         async with _watching(api, story, deployment.state):
             story.say("the stack answers; users begin to click")
@@ -89,15 +87,16 @@ async def _tell(story: Story, url: str, deployment: config.Deployment, console: 
             await _break_and_recover(api, story, deployment)
 
 
-async def _wait_until_ready(http: aiohttp.ClientSession, url: str, state: Path) -> None:
-    for _ in range(int(START_LIMIT_S / POLL_S)):
-        status = read_status(state)
+async def _wait_until_ready(deployment: config.Deployment) -> None:
+    for _ in range(int((deployment.stack.ready_timeout_s + 30.0) / POLL_S)):
+        status = read_status(deployment.state)
         if status is not None and status.state == "ready":
             return
         if status is not None and status.state == "stopped":
             break
         await asyncio.sleep(POLL_S)
-    raise TimeoutError(f"the stack does not answer: {(state / 'up.log').read_text()[-2000:]}")
+    said = (deployment.state / "up.log").read_text(errors="replace")
+    raise TimeoutError(f"the stack does not answer:\n{said[-2000:]}")
 
 
 async def _learn(api: Api, story: Story) -> None:

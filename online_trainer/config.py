@@ -53,7 +53,7 @@ class TrainerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     label_smoothing: float = 0.05
     # Weight of the negative log-likelihood of chosen answers, per token: keeps their probability from falling.
     nll_weight: float = 0.0
-    learning_rate: float = 3e-4
+    learning_rate: float = 2e-3
     warmup_steps: int = 2
     max_grad_norm: float = 1.0
     adam_betas: tuple[float, float] = (0.9, 0.98)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import signal
 import socket
 import sys
@@ -32,6 +33,8 @@ class ReadyServer(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        gc.collect()
+        gc.freeze()  # what is loaded by now stays: a full collection over it would be felt as a slow click
         if self.started:
             announce_ready(self._state, "router", url=self._url, metrics_url=f"{self._url}/metrics")
 

@@ -122,6 +122,21 @@ class RunningStack:
         return {stage["stage"]: stage for stage in receipt["stages"]}
 
 
+def survivors(processes: list[psutil.Process], timeout_s: float) -> list[psutil.Process]:
+    """Those that still run after ``timeout_s``; one that waits to be reaped does not."""
+    deadline = time.monotonic() + timeout_s
+    while (alive := [process for process in processes if _runs(process)]) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return alive
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 @contextmanager
 def running_stack(config: Path = TINY, **environ: str) -> Iterator[RunningStack]:
     """A stack that is ready; stopped, and its state removed, at the end."""

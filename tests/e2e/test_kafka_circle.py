@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 import tomllib
@@ -13,7 +15,7 @@ import pytest
 import tomli_w
 
 from deploy.kafka.broker import Broker
-from tests.e2e.stack import ROOT, TINY, RunningStack, running_stack
+from tests.e2e.stack import ROOT, TINY, RunningStack, running_stack, survivors
 
 pytestmark = pytest.mark.timeout(600)
 LIVE_LIMIT_S = 120.0
@@ -59,3 +61,18 @@ def test_verdicts_given_while_the_broker_is_away_are_stored_once_it_is_back(
     kafka_stack.wait_for(lambda: set(ids) <= set(kafka_stack.stored()), LIVE_LIMIT_S, "every verdict is stored")
     stored = kafka_stack.stored()
     assert {each: stored[each] for each in ids if stored[each] != 1} == {}
+
+
+def test_sigterm_stops_everything_that_was_started_and_nothing_else(kafka_stack: RunningStack) -> None:
+    """The last test on this stack."""
+    bystander = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    try:
+        family = kafka_stack.family()
+        assert len(family) > 6
+        assert kafka_stack.stop() == 0, kafka_stack.said()
+        assert survivors(family, timeout_s=3.0) == []
+        assert kafka_stack.output.read_text().rstrip().endswith("stopped"), "a child had to be killed"
+        assert bystander.poll() is None
+    finally:
+        bystander.kill()
+        bystander.wait()

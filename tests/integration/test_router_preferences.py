@@ -13,7 +13,7 @@ import pytest
 
 from router.pairs import Ticket, preference_id, pseudonym, sign_ticket
 from telemetry.config import TelemetryConfig, open_log
-from telemetry.event_log import EventLog, Offsets, Position, Reader
+from telemetry.event_log import EventLog, LogUnavailable, Offsets, Position, Reader
 from telemetry.events import (
     PREFERENCES,
     FeedbackRecorded,
@@ -33,16 +33,17 @@ async def stack(telemetry_config: TelemetryConfig) -> AsyncIterator[Stack]:
 
 
 class BrokenLog:
-    """A real log whose preference appends fail until it is mended, in a way that no outbox catches."""
+    """A real log whose preference appends fail with ``error`` until it is mended."""
 
-    def __init__(self, real: EventLog) -> None:
+    def __init__(self, real: EventLog, error: Exception) -> None:
         self._real = real
+        self._error = error
         self.is_broken = True
 
     def append(self, topic: str, key: str, payload: bytes) -> Future[Position]:
         if self.is_broken and topic == PREFERENCES:
             failed: Future[Position] = Future()
-            failed.set_exception(SystemError("the process dies here"))
+            failed.set_exception(self._error)
             return failed
         return self._real.append(topic, key, payload)
 
@@ -211,7 +212,7 @@ async def test_a_pair_that_was_never_complete_cannot_be_judged(stack: Stack) -> 
 async def test_a_crash_between_claim_and_append_is_mended_by_the_same_click(
     telemetry_config: TelemetryConfig,
 ) -> None:
-    log = BrokenLog(open_log(telemetry_config))
+    log = BrokenLog(open_log(telemetry_config), SystemError("the process dies here: no outbox catches this"))
     async with running_stack(telemetry_config, event_log=log, config=fast(claim_lease_s=0.3)) as stack:
         answer = await stack.pair()
         status, _ = await stack.click(answer, "a")
@@ -226,6 +227,21 @@ async def test_a_crash_between_claim_and_append_is_mended_by_the_same_click(
         [event] = await stack.events(PreferenceRecorded, expected=1)
         assert event.event_id == receipt["id"]
         assert (await stack.click(answer, "a"))[0] == 200
+
+
+async def test_while_the_log_is_down_a_verdict_is_kept_in_the_outbox_and_sent_later(
+    telemetry_config: TelemetryConfig,
+) -> None:
+    log = BrokenLog(open_log(telemetry_config), LogUnavailable("no broker"))
+    async with running_stack(telemetry_config, event_log=log) as stack:
+        answer = await stack.pair()
+        status, receipt = await stack.click(answer, "a")
+        assert (status, receipt["durable"]) == (201, "outbox")
+        assert await stack.events(PreferenceRecorded) == []
+        log.is_broken = False
+        [event] = await stack.events(PreferenceRecorded, expected=1)
+        assert event.event_id == receipt["id"]
+        assert (await stack.click(answer, "a"))[1]["durable"] == "outbox", "the same receipt"
 
 
 async def test_a_worker_that_died_with_the_lock_in_hand_is_replaced_after_its_lease(

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -216,9 +216,7 @@ def test_somebody_elses_version_in_store_and_log_changes_nothing(bench: Bench) -
     ours = bench.published()[0]
     foreign_config = msgspec.structs.replace(CONFIG, rank=2)
     foreign = VersionStore(bench.telemetry.state_path / "versions", foreign_config, b"k" * 32)
-    draft = Draft(
-        parent=ours.version, base_digest="x", step=9, preference_ids=(), metrics={}, created_at=utc_now()
-    )
+    draft = Draft(parent=ours.version, base_digest="x", step=9, preference_ids=(), metrics={}, created_at=utc_now())
     version, manifest = foreign.write(draft, {"x": torch.zeros(1)})
     bench.append(msgspec.structs.replace(foreign.announcement(version, manifest, None), event_id="foreign"))
     bench.refuse(version, stable=ours.version, state="rolled_back")
@@ -236,12 +234,14 @@ class Process:
 
     def __init__(self, telemetry: TelemetryConfig, model: Path) -> None:
         self.state = telemetry.state_path
-        config = msgspec.to_builtins(CONFIG) | {"model": str(model), "publish_interval_s": 0.2, "flush_s": 0.5}
+        settings = {"model": str(model), "publish_interval_s": 0.5, "flush_s": 0.5, "batch_pairs": 8}
+        config = msgspec.to_builtins(CONFIG) | settings
         document = {"telemetry": {"state": telemetry.state, "redis_url": telemetry.redis_url}, "trainer": config}
         (self.state / "run").mkdir(exist_ok=True)
         self.config = self.state / "run" / "config.toml"
         self.config.write_text(tomli_w.dumps(document))
         self.ready = self.state / "run" / "trainer.ready"
+        self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         self.ready.unlink(missing_ok=True)
@@ -251,11 +251,22 @@ class Process:
         wait_for(self.ready.exists, self.text)
 
     def end(self, number: signal.Signals) -> int:
+        assert self.process is not None
         self.process.send_signal(number)
         return self.process.wait(60)
 
     def text(self) -> str:
         return (self.state / "trainer.log").read_text()[-3000:]
+
+
+@pytest.fixture
+def process(telemetry_config: TelemetryConfig, tiny_model: Path) -> Iterator[Process]:
+    """Not started yet; dead after the test, whatever happened."""
+    found = Process(telemetry_config, tiny_model)
+    yield found
+    if found.process is not None:
+        found.process.kill()
+        found.process.wait()
 
 
 def wait_for(condition: Callable[[], bool], tell: Callable[[], str], timeout_s: float = 90.0) -> None:
@@ -266,17 +277,15 @@ def wait_for(condition: Callable[[], bool], tell: Callable[[], str], timeout_s: 
 
 
 def test_killed_at_any_moment_every_verdict_is_trained_on_once(
-    telemetry_config: TelemetryConfig, tiny_model: Path
+    telemetry_config: TelemetryConfig, process: Process
 ) -> None:
-    process = Process(telemetry_config, tiny_model)
     log = open_log(telemetry_config)
-    numbers = iter(range(10_000))
-    stop = threading.Event()
 
     def click() -> None:
-        while not stop.wait(0.02):
-            event = msgspec.structs.replace(verdict(next(numbers)), occurred_at=utc_now())
+        for number in range(150):
+            event = msgspec.structs.replace(verdict(number), occurred_at=utc_now())
             log.append(TOPIC_OF[type(event)], key_of(event), encode(event)).result()
+            time.sleep(0.05)
 
     clicking = threading.Thread(target=click)
     process.start()
@@ -285,9 +294,8 @@ def test_killed_at_any_moment_every_verdict_is_trained_on_once(
         time.sleep(pause_s)
         process.end(signal.SIGKILL)
         process.start()
-    stop.set()
     clicking.join()
-    given = {f"preference-{n}" for n in range(next(numbers))}
+    given = {f"preference-{n}" for n in range(150)}
 
     def trained() -> list[str]:
         batches = [event for event in read_versions(log) if isinstance(event, BatchTrained)]
@@ -312,9 +320,8 @@ def in_versions(log: EventLog) -> set[str]:
 
 
 def test_the_trainer_outlives_a_redis_that_dies_and_returns(
-    telemetry_config: TelemetryConfig, tiny_model: Path, redis_server: RedisServer
+    telemetry_config: TelemetryConfig, process: Process, redis_server: RedisServer
 ) -> None:
-    process = Process(telemetry_config, tiny_model)
     process.start()
     redis_server.restart()
     log = open_log(telemetry_config)

@@ -31,7 +31,8 @@ def publish(
     save_file(adapter_tensors(model, sequence, rank), source)
     fields: dict[str, Any] = {
         "variant": "chat-main", "sequence": sequence, "parent": "", "base": "tiny",
-        "base_digest": base_digest(model), "created_at": datetime(2026, 1, 1, tzinfo=UTC), "step": sequence, "rank": rank,
+        "base_digest": base_digest(model), "created_at": datetime(2026, 1, 1, tzinfo=UTC), "step": sequence,
+        "rank": rank,
         "alpha": 2.0 * rank, "target_modules": TARGETS, "files": {ADAPTER_FILE: file_digest(source)},
     }  # fmt: skip
     manifest = Manifest(**(fields | changes))

@@ -1,0 +1,54 @@
+"""What the control loop decides from a routing table and a replica's status."""
+
+from __future__ import annotations
+
+from serving.fleet import Step, steps_for, wanted_versions
+from serving.wire import ReplicaStatus
+from telemetry.routing import RoutingTable, VariantRoute
+
+
+def status(*versions: str, free_slots: int = 8, **changes: object) -> ReplicaStatus:
+    fields: dict[str, object] = {
+        "replica_id": "r1", "base": "tiny", "versions": ("base", *versions), "loading": (), "draining": (),
+        "failed": {}, "in_flight": {}, "free_slots": free_slots, "queued": 0,
+    }  # fmt: skip
+    return ReplicaStatus(**(fields | changes))  # type: ignore[arg-type]
+
+
+def route(variant: str, base: str, **channels: str) -> VariantRoute:
+    fields = {"base_version": "base", "stable": "base", "previous": "base"} | channels
+    return VariantRoute(variant=variant, base=base, **fields)
+
+
+def test_wanted_are_all_channels_of_all_variants_of_the_base_but_not_the_base_itself() -> None:
+    table = RoutingTable(
+        1,
+        {
+            "chat": (route("main", "tiny", stable="v3", previous="v2", canary="v4"), route("calm", "tiny")),
+            "other": (route("big", "large", stable="v9"), route("small", "tiny", shadow="v7")),
+        },
+    )
+    assert wanted_versions(table, "tiny") == {"v2": "main", "v3": "main", "v4": "main", "v7": "small"}
+
+
+def test_a_replica_that_holds_what_is_wanted_is_left_alone() -> None:
+    assert steps_for({"v1": "main"}, status("v1")) == []
+
+
+def test_unwanted_versions_go_and_missing_ones_come() -> None:
+    steps = steps_for({"v2": "main", "v3": "calm"}, status("v1", "v2"))
+    assert steps == [Step("DELETE", "v1", "/v1/versions/v1"), Step("PUT", "v3", "/v1/versions/calm/v3")]
+
+
+def test_loading_and_draining_versions_are_waited_for() -> None:
+    busy = status(loading=("v1",), draining=("v2",))
+    assert steps_for({"v1": "main", "v2": "main"}, busy) == []
+
+
+def test_nothing_is_loaded_into_a_full_replica() -> None:
+    assert steps_for({"v1": "main", "v2": "main"}, status("v1", free_slots=0)) == []
+
+
+def test_a_restarted_replica_gets_everything_back() -> None:
+    verbs = [step.verb + step.version for step in steps_for({"v1": "main", "v2": "main"}, status())]
+    assert verbs == ["PUTv1", "PUTv2"]

@@ -1,0 +1,197 @@
+"""The engine computes what transformers computes: tokens, log-probs, versions, whatever shares the batch."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from serving.config import BaseConfig
+from serving.errors import InvalidRequest, Overloaded, VersionRefused
+from serving.safety import OutputFilter
+from serving.transformers_engine import TransformersEngine
+from telemetry.manifest import ADAPTER_FILE, base_digest, read_version
+from tests.unit.serving.kit import (
+    KEY,
+    Reference,
+    adapter_tensors,
+    answer,
+    ids_of,
+    last_of,
+    publish,
+    request,
+    text_of,
+)
+
+OPTIONS = BaseConfig(threads=1, max_context=256, slots=4, chunk_tokens=8, idle_chunk_tokens=16, max_queue=32)
+
+
+async def started(model: Path, options: BaseConfig = OPTIONS) -> TransformersEngine:
+    engine = TransformersEngine(model, base_digest(model), "tiny", options, OutputFilter(()))
+    await engine.start()
+    return engine
+
+
+@pytest.fixture
+async def engine(tiny_model: Path) -> AsyncIterator[TransformersEngine]:
+    built = await started(tiny_model)
+    yield built
+    await built.close()
+
+
+async def load(engine: TransformersEngine, model: Path, state: Path, sequence: int, rank: int = 4) -> str:
+    version, folder = publish(state, model, sequence, rank=rank)
+    await engine.load(version, folder, read_version(folder, KEY))
+    return version
+
+
+async def test_base_answers_greedily_as_transformers_does(engine: TransformersEngine, tiny_model: Path) -> None:
+    prompt = "a prompt of more than one chunk, so that it is read in several steps"
+    chunks = await answer(engine, request(engine.base_version, prompt, max_tokens=20))
+    assert ids_of(chunks) == Reference(tiny_model).greedy(prompt, 20)
+
+
+async def test_each_version_of_a_mixed_batch_answers_as_its_merged_model(
+    engine: TransformersEngine, tiny_model: Path, tmp_path: Path
+) -> None:
+    versions: dict[str, Reference] = {engine.base_version: Reference(tiny_model)}
+    for sequence, rank in ((1, 4), (2, 8), (3, 16)):
+        version = await load(engine, tiny_model, tmp_path, sequence, rank)
+        versions[version] = Reference(tiny_model, sequence, rank)
+    asked = [(v, f"question {i} " * (1 + 2 * i)) for i in range(3) for v in versions]
+    answers = await asyncio.gather(*(answer(engine, request(v, p, max_tokens=15)) for v, p in asked))
+    for (version, prompt), chunks in zip(asked, answers, strict=True):
+        assert ids_of(chunks) == versions[version].greedy(prompt, 15)
+    assert len({tuple(ids_of(chunks)) for chunks in answers}) > 8
+
+
+async def test_logprobs_are_those_of_transformers_before_temperature(
+    engine: TransformersEngine, tiny_model: Path
+) -> None:
+    wanted = request(engine.base_version, temperature=1.3, top_p=0.9, seed=3, top_logprobs=4)
+    chunks = await answer(engine, wanted)
+    reference = Reference(tiny_model)
+    prompt, made = reference.prompt_ids("Hello there"), ids_of(chunks)
+    expected = reference.logprobs(prompt + made)[len(prompt) - 1 :]
+    for place, token in enumerate(t for chunk in chunks for t in chunk.tokens):
+        assert token.logprob == pytest.approx(float(expected[place, token.token_id]), abs=1e-4)
+        likeliest = expected[place].topk(4).values.tolist()
+        assert [top.logprob for top in token.top] == pytest.approx(likeliest, abs=1e-4)
+
+
+async def test_a_seeded_answer_does_not_depend_on_what_shares_its_batch(engine: TransformersEngine) -> None:
+    wanted = request(engine.base_version, "alone", temperature=1.0, seed=11)
+    alone = text_of(await answer(engine, wanted))
+    others = [request(engine.base_version, f"other {i}", temperature=1.0) for i in range(6)]
+    together = await asyncio.gather(*(answer(engine, one) for one in [*others, wanted]))
+    assert text_of(together[-1]) == alone
+
+
+async def test_completions_of_one_prompt_share_its_reading(engine: TransformersEngine, tiny_model: Path) -> None:
+    prompt = "one prompt, three greedy answers"
+    chunks = await answer(engine, request(engine.base_version, prompt, n=3))
+    expected = Reference(tiny_model).greedy(prompt, 12)
+    assert [ids_of(chunks, i) for i in range(3)] == [expected] * 3
+    counted = [last_of(chunks, i) for i in range(3)]
+    assert [last.cached_tokens for last in counted] == [0, counted[0].prompt_tokens, counted[0].prompt_tokens]
+
+
+async def test_a_prompt_seen_before_is_not_read_again_and_answers_the_same(engine: TransformersEngine) -> None:
+    wanted = request(engine.base_version, "a long question that was asked before")
+    first, second = await answer(engine, wanted), await answer(engine, wanted)
+    assert (last_of(first).cached_tokens, last_of(second).cached_tokens) == (
+        0,
+        last_of(second).prompt_tokens - 1,
+    )
+    assert text_of(first) == text_of(second)
+
+
+async def test_the_prefix_cache_never_crosses_versions(
+    engine: TransformersEngine, tiny_model: Path, tmp_path: Path
+) -> None:
+    prompt = "the same long question to every version"
+    for sequence in (1, 2):
+        version = await load(engine, tiny_model, tmp_path, sequence)
+        chunks = await answer(engine, request(version, prompt))
+        assert ids_of(chunks) == Reference(tiny_model, sequence).greedy(prompt, 12)
+    mine = await answer(engine, request(engine.base_version, prompt))
+    assert last_of(mine).cached_tokens == 0
+    assert ids_of(mine) == Reference(tiny_model).greedy(prompt, 12)
+
+
+async def test_a_reused_slot_does_not_remember_its_last_version(tiny_model: Path, tmp_path: Path) -> None:
+    engine = await started(tiny_model, msgspec.structs.replace(OPTIONS, slots=1))
+    prompt = "the same long question to every version"
+    for sequence, rank in ((1, 16), (2, 4), (3, 8)):
+        version = await load(engine, tiny_model, tmp_path, sequence, rank)
+        chunks = await answer(engine, request(version, prompt))
+        assert ids_of(chunks) == Reference(tiny_model, sequence, rank).greedy(prompt, 12)
+        await engine.unload(version)
+    await engine.close()
+
+
+async def test_more_requests_than_places_are_all_answered(tiny_model: Path) -> None:
+    engine = await started(tiny_model, msgspec.structs.replace(OPTIONS, max_batch=3, max_queue=40))
+    reference = Reference(tiny_model)
+    prompts = [f"{'x' * (i % 7)} number {i}" for i in range(20)]
+    answers = await asyncio.gather(*(answer(engine, request(engine.base_version, p)) for p in prompts))
+    assert [ids_of(chunks) for chunks in answers] == [reference.greedy(p, 12) for p in prompts]
+    await engine.close()
+
+
+async def test_a_full_queue_refuses_at_once(tiny_model: Path) -> None:
+    engine = await started(tiny_model, msgspec.structs.replace(OPTIONS, max_batch=1, max_queue=2))
+    streams = []
+    with pytest.raises(Overloaded):
+        for _ in range(10):
+            streams.append(await engine.submit(request(engine.base_version, max_tokens=200)))
+    for stream in streams:
+        await stream.aclose()
+    await engine.close()
+
+
+async def test_more_completions_than_places_are_refused(tiny_model: Path) -> None:
+    engine = await started(tiny_model, msgspec.structs.replace(OPTIONS, max_batch=2))
+    with pytest.raises(InvalidRequest, match="n: at most 2"):
+        await engine.submit(request(engine.base_version, n=3))
+    await engine.close()
+
+
+@pytest.mark.parametrize("fault", ["rank above the slots'", "unknown module", "wrong shape", "not finite"])
+async def test_an_adapter_that_does_not_fit_is_refused_and_its_slot_is_free(
+    engine: TransformersEngine, tiny_model: Path, tmp_path: Path, fault: str
+) -> None:
+    rank = 32 if fault.startswith("rank") else 4
+    version, folder = publish(tmp_path, tiny_model, 1, rank=rank)
+    tensors = adapter_tensors(tiny_model, 1, rank)
+    name = "model.layers.0.self_attn.q_proj.lora_A.weight"
+    match fault:
+        case "unknown module":
+            tensors["model.layers.9.self_attn.q_proj.lora_A.weight"] = tensors.pop(name)
+        case "wrong shape":
+            tensors[name] = tensors[name][:, :5].contiguous()
+        case "not finite":
+            tensors[name] = tensors[name] * torch.nan
+    manifest = read_version(folder, KEY)
+    save_file(tensors, folder / ADAPTER_FILE)
+    with pytest.raises(VersionRefused):
+        await engine.load(version, folder, manifest)
+    status = engine.status()
+    assert (status.versions, status.free_slots) == ((engine.base_version,), 4)
+    assert version in status.failed
+    good = await load(engine, tiny_model, tmp_path, 2)
+    assert ids_of(await answer(engine, request(good))) == Reference(tiny_model, 2).greedy("Hello there", 12)
+
+
+async def test_an_idle_engine_sleeps(engine: TransformersEngine) -> None:
+    await answer(engine, request(engine.base_version))
+    import time
+
+    before = time.process_time()
+    await asyncio.sleep(0.3)
+    assert time.process_time() - before < 0.1
