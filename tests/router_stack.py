@@ -14,6 +14,7 @@ import aiohttp
 import msgspec
 import redis.asyncio
 import uvicorn
+from msgspec.structs import replace
 from starlette.types import ASGIApp
 
 from router.app import build_app
@@ -174,7 +175,8 @@ async def running_stack(
     event_log: EventLog | None = None,
     key: str = "",
 ) -> AsyncIterator[Stack]:
-    """A router over one replica that holds base, STABLE and CANARY."""
+    """A router over one replica that holds base, STABLE and CANARY. Patient with Redis: test machines are busy."""
+    telemetry = replace(telemetry, redis_timeout_s=10.0, append_timeout_s=10.0)
     engine = engine or EchoEngine()
     config = config or fast()
     headers = {"Authorization": f"Bearer {key}"} if key else {}

@@ -20,6 +20,7 @@ from tests.unit.online_trainer.kit import completion, tiny_folder, tiny_policy
 from tests.unit.online_trainer.test_policy import scramble
 
 ROWS = [("question one", "a long good answer", "bad"), ("why?", "yes", "no, not at all"), ("x", "same", "size")]
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")  # TRL 1.16's own call
 BETA = 0.1
 METRICS = (
     "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected",

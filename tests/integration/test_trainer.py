@@ -290,7 +290,7 @@ def test_killed_at_any_moment_every_verdict_is_trained_on_once(
     clicking = threading.Thread(target=click)
     process.start()
     clicking.start()
-    for pause_s in (0.35, 0.9, 1.4):
+    for pause_s in (0.7, 1.4):
         time.sleep(pause_s)
         process.end(signal.SIGKILL)
         process.start()
