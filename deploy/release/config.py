@@ -61,6 +61,8 @@ class TextConfig(_Table, frozen=True):
     glued_slack: float = 0.15
     # Median time to first token and per further token: above multiple × reference + slack seconds.
     max_latency_ratio: float = 3.0
+    # Answers on both sides before latency is judged: on a shared machine a handful says more about the queue.
+    min_latency_answers: int = 20
     ttft_slack_s: float = 1.0
     tpot_slack_s: float = 0.1
     # Failed answers: at least 2, above this share, and above twice the reference's share.

@@ -59,8 +59,6 @@ def test_a_win_rate_on_too_few_heldout_pairs_is_not_asked_for() -> None:
         (replace(HEALTHY, tokens=4), "times as long"),
         (replace(HEALTHY, strange_ratio=0.6), "look like none"),
         (replace(HEALTHY, glued_ratio=0.3), "run into the word"),
-        (replace(HEALTHY, tpot_s=2.0), "time per token"),
-        (replace(HEALTHY, ttft_s=9.0), "first token"),
         (replace(HEALTHY, is_unsafe=True), "unsafe"),
         (FAILED, "error ratio"),
     ],
@@ -68,6 +66,17 @@ def test_a_win_rate_on_too_few_heldout_pairs_is_not_asked_for() -> None:
 def test_probes_stop(seen: Observation, word: str) -> None:
     decision = judge_probes((seen,) * 4, (HEALTHY,) * 4, LIMITS.text)
     assert (decision.action, word in decision.reason) == ("fail", True), decision.reason
+
+
+@pytest.mark.parametrize(
+    ("seen", "word"), [(replace(HEALTHY, tpot_s=2.0), "time per token"), (replace(HEALTHY, ttft_s=9.0), "first token")]
+)
+def test_latency_is_judged_on_many_answers_only(seen: Observation, word: str) -> None:
+    enough = LIMITS.text.min_latency_answers
+    few = judge_probes((seen,) * (enough - 1), (HEALTHY,) * enough, LIMITS.text)
+    assert few.action == "pass", few.reason
+    many = judge_probes((seen,) * enough, (HEALTHY,) * enough, LIMITS.text)
+    assert (many.action, word in many.reason) == ("fail", True), many.reason
 
 
 def test_unanswered_probes_are_no_evidence() -> None:
