@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
@@ -39,7 +39,7 @@ USERS = 6
 MAX_TOKENS = 32
 LOOK_EVERY = 50  # clicks between two looks at the win rate, and the prompts of a look in between
 LOOK_PROMPTS = 20
-SETTLE_LIMIT_S = 60.0
+SETTLE_LIMIT_S, QUIET_S = 40.0, 10.0  # for the last versions to be released; sooner when no canary was seen lately
 ROLLBACK_LIMIT_S = 100.0
 POLL_S = 0.7
 
@@ -102,25 +102,27 @@ async def _wait_until_ready(deployment: config.Deployment) -> None:
 async def _learn(api: Api, story: Story) -> None:
     """All clicks, with a look at the win rate now and then, and a long one once all of them are live."""
     story.points.append(Point(0, story.elapsed_s, 0.5, len(EVALUATION_PROMPTS), story.base))  # stable is the base
+    base_answers: dict[str, str] = {}
+
+    async def look(prompts: Sequence[str]) -> None:
+        if story.stable == story.base:
+            return  # nothing was released yet: equal by definition
+        compared = compare(api, PERSONA, prompts, users=USERS, max_tokens=MAX_TOKENS, base_answers=base_answers)
+        _note(story, await compared)
+
+    def count(_: Clicks) -> None:
+        story.clicks += 1
+
     for goal in range(LOOK_EVERY, CLICKS + 1, LOOK_EVERY):
         part = Clicks(LOOK_EVERY)
-        await give_clicks(
-            api, PERSONA, part, users=USERS, seed=goal, max_tokens=MAX_TOKENS, on_click=lambda _: _count(story)
-        )
+        await give_clicks(api, PERSONA, part, users=USERS, seed=goal, max_tokens=MAX_TOKENS, on_click=count)
         if goal < CLICKS:
-            _look(
-                story,
-                await compare(api, PERSONA, EVALUATION_PROMPTS[:LOOK_PROMPTS], users=USERS, max_tokens=MAX_TOKENS),
-            )
+            await look(EVALUATION_PROMPTS[:LOOK_PROMPTS])
     await _settle(api, story)
-    _look(story, await compare(api, PERSONA, users=USERS, max_tokens=MAX_TOKENS))
+    await look(EVALUATION_PROMPTS)
 
 
-def _count(story: Story) -> None:
-    story.clicks += 1
-
-
-def _look(story: Story, result: Comparison) -> None:
+def _note(story: Story, result: Comparison) -> None:
     count = result.wins + result.losses + result.ties
     story.points.append(Point(story.clicks, story.elapsed_s, result.win_rate, count, result.version))
     story.say(
@@ -130,14 +132,13 @@ def _look(story: Story, result: Comparison) -> None:
 
 
 async def _settle(api: Api, story: Story) -> None:
-    """Give the last clicks' version the traffic that its release needs."""
-    deadline = time.monotonic() + SETTLE_LIMIT_S
-    story.say("the last versions are being released")
+    """Let the last version's trial end: answers go on, clicks do not."""
+    story.say("no more clicks; the last versions are released, or not")
+    began = quiet_since = time.monotonic()
     async with _traffic(api):
-        quiet_since, last = time.monotonic(), ""
-        while time.monotonic() < deadline and time.monotonic() - quiet_since < SETTLE_LIMIT_S / 3:
-            if (now := f"{story.stable} {story.canary}") != last or story.canary:
-                quiet_since, last = time.monotonic(), now
+        while time.monotonic() - began < SETTLE_LIMIT_S and time.monotonic() - quiet_since < QUIET_S:
+            if story.canary:
+                quiet_since = time.monotonic()
             await asyncio.sleep(POLL_S)
 
 
@@ -160,14 +161,12 @@ async def _break_and_recover(api: Api, story: Story, deployment: config.Deployme
 
 @asynccontextmanager
 async def _traffic(api: Api) -> AsyncIterator[None]:
-    """A few users who ask and judge pairs, as on any day."""
+    """A few users who ask, as on any day."""
 
     async def one_user(number: int) -> None:
-        user = f"passer-by-{number}"
-        await api.consent(user)
         for prompt in itertools.cycle(TRAINING_PROMPTS[number :: USERS // 2]):
             with contextlib.suppress(ApiError):
-                await api.ask(prompt, user=user, max_tokens=MAX_TOKENS)
+                await api.ask(prompt, max_tokens=MAX_TOKENS)
             await asyncio.sleep(0.2)
 
     async with asyncio.TaskGroup() as group:

@@ -123,9 +123,14 @@ async def compare(
     users: int,
     policy: str = "chat",
     max_tokens: int = MAX_TOKENS,
+    base_answers: dict[str, str] | None = None,
 ) -> Comparison:
-    """Both channels answer every prompt with the same seed and temperature, and the persona picks."""
+    """Both channels answer every prompt with the same seed and temperature, and the persona picks.
+
+    ``base_answers`` (prompt → text) is filled and used again: the base does not change.
+    """
     gate = asyncio.Semaphore(users)
+    known = {} if base_answers is None else base_answers
 
     async def answer(channel: str, index: int, prompt: str) -> Answer:
         async with gate:
@@ -134,8 +139,10 @@ async def compare(
             )
 
     async def judge(index: int, prompt: str) -> tuple[str, str]:
-        stable, base = await asyncio.gather(answer("stable", index, prompt), answer("base", index, prompt))
-        verdict = choose(PERSONAS[persona], prompt, stable.texts[0], base.texts[0], random.Random(index))
+        if prompt not in known:
+            known[prompt] = (await answer("base", index, prompt)).texts[0]
+        stable = await answer("stable", index, prompt)
+        verdict = choose(PERSONAS[persona], prompt, stable.texts[0], known[prompt], random.Random(index))
         return verdict, stable.version
 
     judged = await asyncio.gather(*(judge(index, prompt) for index, prompt in enumerate(prompts)))

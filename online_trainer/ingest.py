@@ -17,6 +17,7 @@ from telemetry.event_log import Entry, Offsets
 from telemetry.events import Completion, Message, PreferenceRecorded, PreferenceRetracted
 
 Reason = Literal["no_preference", "identical", "empty", "held_out", "retracted"]
+MAX_TRIES = 2  # a verdict that was in two refused lineages may be what is wrong with them
 SEEN_IDS = 5_000  # deduplication reaches back this far; a router's outbox replays seconds, not days
 
 
@@ -31,6 +32,7 @@ class Verdict(msgspec.Struct, frozen=True):
     chosen: Completion
     rejected: Completion
     trace: tuple[str, str] = ("", "")  # (trace_id, span_id)
+    tries: int = 0  # steps that were taken on it as a new verdict; more than one only where weights were refused
 
 
 class IntakeState(msgspec.Struct, frozen=True):
@@ -147,9 +149,18 @@ class Intake:
     def trained(self, batch: Iterable[Verdict]) -> None:
         """``batch`` has been trained on: it waits no longer and may be replayed."""
         ids = {verdict.preference_id for verdict in batch}
-        self.replay += [verdict for verdict in self.pending if verdict.preference_id in ids]
+        done = [verdict for verdict in self.pending if verdict.preference_id in ids]
+        self.replay += [msgspec.structs.replace(verdict, tries=verdict.tries + 1) for verdict in done]
         del self.replay[: max(0, len(self.replay) - self._replay_window)]
         self.pending = [verdict for verdict in self.pending if verdict.preference_id not in ids]
+
+    def unlearned(self, preference_ids: Iterable[str]) -> None:
+        """The weights that had learned these are gone: those at hand wait again, unless they had two chances."""
+        lost = set(preference_ids)
+        again = [v for v in self.replay if v.preference_id in lost and v.tries < MAX_TRIES]
+        self.pending = [*again, *self.pending]
+        waiting = {verdict.preference_id for verdict in again}
+        self.replay = [verdict for verdict in self.replay if verdict.preference_id not in waiting]
 
 
 def _verdict(event: PreferenceRecorded) -> Verdict:

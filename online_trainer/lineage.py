@@ -1,12 +1,12 @@
 """What the weights descend from, and which verdicts they have learned since: the truth that receipts rely on.
 
 Published versions form a chain back to the base. When the release refuses one of them, the weights go back to
-the stable version; verdicts learned only after it are lost, and count as learned again once they are replayed.
+the stable version, and what was learned only after it is lost with them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 
 import msgspec
@@ -30,40 +30,30 @@ class Lineage(msgspec.Struct, frozen=True):
     ancestors: tuple[Taught, ...] = ()  # up to the parent, newest last, bounded; the base is not among them
     preference_ids: tuple[str, ...] = ()  # learned since the parent
     oldest_verdict_at: datetime | None = None  # of those
-    lost_ids: tuple[str, ...] = ()  # learned only by weights that were thrown away
 
     def descends_from(self, version: str) -> bool:
         """Whether the present weights come from a published ``version``."""
         return any(taught.version == version for taught in self.ancestors)
 
-    def learned(self, batch: Sequence[Verdict], replayed: Iterable[Verdict]) -> Lineage:
-        """After a step on ``batch`` and on ``replayed`` earlier verdicts."""
-        regained = [verdict for verdict in replayed if verdict.preference_id in self.lost_ids]
-        added = [*batch, *regained]
-        ids = tuple(verdict.preference_id for verdict in added)
-        times = [verdict.occurred_at for verdict in added]
+    def learned(self, batch: Sequence[Verdict]) -> Lineage:
+        """After a step on new verdicts."""
+        times = [verdict.occurred_at for verdict in batch]
         if self.oldest_verdict_at is not None:
             times.append(self.oldest_verdict_at)
-        return msgspec.structs.replace(
-            self,
-            preference_ids=self.preference_ids + ids,
-            oldest_verdict_at=min(times),
-            lost_ids=tuple(name for name in self.lost_ids if name not in ids),
-        )
+        ids = tuple(verdict.preference_id for verdict in batch)
+        return msgspec.structs.replace(self, preference_ids=self.preference_ids + ids, oldest_verdict_at=min(times))
 
     def published(self, version: str) -> Lineage:
         """After ``version`` was made of the present weights."""
         taught = Taught(version, self.preference_ids)
-        return Lineage(version, (*self.ancestors, taught)[-MAX_ANCESTORS:], lost_ids=self.lost_ids)
+        return Lineage(version, (*self.ancestors, taught)[-MAX_ANCESTORS:])
 
-    def fallen_back(self, version: str) -> Lineage:
-        """After the weights were replaced by those of ``version``: an ancestor, the base, or somebody else's."""
+    def fallen_back(self, version: str) -> tuple[Lineage, tuple[str, ...]]:
+        """After the weights were replaced by those of ``version`` (an ancestor, the base or somebody else's).
+
+        Also the verdicts that were learned only by the weights thrown away.
+        """
         names = [taught.version for taught in self.ancestors]
         kept = names.index(version) + 1 if version in names else 0
         lost = [name for taught in self.ancestors[kept:] for name in taught.preference_ids]
-        lost_ids = dict.fromkeys((*self.lost_ids, *lost, *self.preference_ids))
-        return Lineage(version, self.ancestors[:kept], lost_ids=tuple(lost_ids))
-
-    def forgotten(self, replayable: Collection[str]) -> Lineage:
-        """Without lost verdicts that can never be replayed any more."""
-        return msgspec.structs.replace(self, lost_ids=tuple(i for i in self.lost_ids if i in replayable))
+        return Lineage(version, self.ancestors[:kept]), (*lost, *self.preference_ids)

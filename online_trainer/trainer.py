@@ -163,7 +163,7 @@ class Trainer:
                 tracing.record("trained", within=tracing.parent(*verdict.trace), linked=[(trace_id, span_id)])
         self._intake.trained(batch)
         self._examples.keep(self._intake.usable_ids())
-        self._lineage = self._lineage.learned(batch, replayed)
+        self._lineage = self._lineage.learned(batch)
         event = BatchTrained(
             event_id=derived_id(f"trained/{self._batch_id}/{'/'.join(v.preference_id for v in batch)}"),
             trace_id=trace_id,
@@ -256,7 +256,8 @@ class Trainer:
             if stable != base_version(self._base_digest):
                 log.warning("%s; starting from the base", error, extra={"action": "stable_unusable"})
             stable = base_version(self._base_digest)
-        self._lineage = self._lineage.fallen_back(stable)
+        self._lineage, lost = self._lineage.fallen_back(stable)
+        self._intake.unlearned(lost)
         self._learner.forget_momentum()
         log.info("fell back", extra={"action": "weights_reset", "version": stable})
 
@@ -282,7 +283,7 @@ class Trainer:
         return TrainerState(
             base_digest=self._base_digest,
             step=self._learner.step,
-            lineage=self._lineage.forgotten({verdict.preference_id for verdict in self._intake.replay}),
+            lineage=self._lineage,
             intake=self._intake.state(),
             untold=tuple(self._untold),
         )

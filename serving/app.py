@@ -12,6 +12,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 from ray import serve
 from ray.exceptions import RayError
@@ -25,7 +26,10 @@ from serving.errors import ControlPlaneAway, EngineFailed
 from serving.replica import build_replica
 from telemetry.logs import JsonFormatter
 
+log = logging.getLogger(__name__)
 LOOPBACK = "127.0.0.1"
+START_TRIES = 3
+REPLICA_NAME = "SERVE_REPLICA::"  # how Serve names replica actors; a base without replicas shows its proxy
 CONTROL_S = 5.0  # the controller's answer to "who runs where" may take this long
 
 
@@ -59,10 +63,26 @@ def _log_to(path: Path, process: str) -> None:
 
 
 def start_ray(config: ServingConfig, temp: Path) -> None:
-    """Start a Ray cluster for this process alone, its session in ``temp``, or join the configured one."""
+    """Start a Ray cluster for this process alone, its session in ``temp``, or join the configured one.
+
+    On a crowded machine Ray gives up on its own processes after 30 s, so a local start is tried again.
+    """
     if config.ray_address:
         ray.init(address=config.ray_address, log_to_driver=False)
         return
+    for tries_left in reversed(range(START_TRIES)):
+        before = set(psutil.Process().children(recursive=True))
+        try:
+            return _start_local(config, temp)
+        except Exception as error:  # noqa: BLE001 - a retry wrapper: Ray raises a plain Exception here
+            for child in set(psutil.Process().children(recursive=True)) - before:
+                child.kill()
+            if not tries_left:
+                raise ControlPlaneAway(f"Ray did not start in {START_TRIES} tries: {error}") from error
+            log.warning("Ray did not start, trying again: %s", error, extra={"action": "ray_retried"})
+
+
+def _start_local(config: ServingConfig, temp: Path) -> None:
     replicas = sum(base.replicas for base in config.bases.values())
     ray.init(
         address="local",
@@ -128,6 +148,7 @@ async def replica_urls(base: str, *, host: str = "") -> list[str]:
         for group in groups
         if group.app_name == base
         for target in group.targets
+        if target.name.startswith(REPLICA_NAME)
     ]
 
 

@@ -38,7 +38,7 @@ class Runner:
         max_context: int,
     ) -> None:
         self.device = device
-        disable_progress_bar()
+        disable_progress_bar()  # type: ignore[no-untyped-call]
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
         self.model = model.to(device).eval()
         config = self.model.config.get_text_config()

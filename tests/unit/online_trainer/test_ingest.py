@@ -77,6 +77,28 @@ def test_one_eager_user_fills_no_batch_and_loses_no_verdict() -> None:
     assert [v.preference_id for v in found.next_batch(4)] == ["preference-2", "preference-3"]
 
 
+def test_verdicts_of_refused_weights_wait_again_before_all_others_but_not_for_ever() -> None:
+    found = intake(max_pairs_per_user=9)
+    for number in range(3):
+        found.record(verdict(number))
+    for _ in range(2):
+        found.trained(found.next_batch(2))
+        found.unlearned(["preference-0", "preference-1"])
+    waiting = [v.preference_id for v in found.pending]
+    assert waiting == ["preference-2"]  # the first two had their second chance
+    assert [v.preference_id for v in found.replay] == ["preference-0", "preference-1"]
+
+
+def test_a_first_loss_puts_verdicts_back_in_front() -> None:
+    found = intake()
+    for number in range(3):
+        found.record(verdict(number))
+    found.trained(found.next_batch(2))
+    found.unlearned(["preference-0", "preference-1", "unknown"])
+    assert [v.preference_id for v in found.pending] == ["preference-0", "preference-1", "preference-2"]
+    assert not found.replay
+
+
 def test_another_policys_verdicts_are_another_trainers_affair() -> None:
     found = intake(policy="chat")
     found.record(verdict(1, policy="code"))

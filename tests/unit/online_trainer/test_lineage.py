@@ -17,39 +17,26 @@ def verdicts(*numbers: int) -> list[Verdict]:
 
 
 def test_a_version_holds_what_was_learned_since_its_parent() -> None:
-    lineage = Lineage(BASE).learned(verdicts(0, 1), []).published("v1").learned(verdicts(2), [])
+    lineage = Lineage(BASE).learned(verdicts(0, 1)).published("v1").learned(verdicts(2))
     assert lineage.parent == "v1" and lineage.preference_ids == ("preference-2",)
     assert lineage.descends_from("v1") and not lineage.descends_from("v2")
 
 
 def test_the_oldest_verdict_is_that_of_the_present_version() -> None:
-    lineage = Lineage(BASE).learned(verdicts(3, 0), [])
+    lineage = Lineage(BASE).learned(verdicts(3)).learned(verdicts(0, 5))
     assert lineage.oldest_verdict_at == START
     assert lineage.published("v1").oldest_verdict_at is None
 
 
 def test_a_refused_version_takes_its_descendants_with_it_and_what_they_learned_is_lost() -> None:
-    lineage = Lineage(BASE).learned(verdicts(0), []).published("v1").learned(verdicts(1), []).published("v2")
-    lineage = lineage.learned(verdicts(2), []).fallen_back("v1")
-    assert lineage.parent == "v1" and lineage.preference_ids == ()
-    assert lineage.lost_ids == ("preference-1", "preference-2")
-    assert not lineage.descends_from("v2")
-
-
-def test_a_lost_verdict_counts_again_once_it_is_replayed() -> None:
-    lineage = Lineage(BASE).learned(verdicts(0, 1), []).published("v1").fallen_back(BASE)
-    lineage = lineage.learned(verdicts(2), verdicts(1))
-    assert lineage.preference_ids == ("preference-2", "preference-1")
-    assert lineage.lost_ids == ("preference-0",)
-
-
-def test_replaying_what_was_never_lost_teaches_nothing_new() -> None:
-    lineage = Lineage(BASE).learned(verdicts(0), []).published("v1").learned(verdicts(1), verdicts(0))
-    assert lineage.preference_ids == ("preference-1",)
+    lineage = Lineage(BASE).learned(verdicts(0)).published("v1").learned(verdicts(1)).published("v2")
+    fallen, lost = lineage.learned(verdicts(2)).fallen_back("v1")
+    assert fallen.parent == "v1" and fallen.preference_ids == ()
+    assert lost == ("preference-1", "preference-2")
+    assert fallen.descends_from("v1") and not fallen.descends_from("v2")
 
 
 def test_falling_back_to_somebody_elses_version_loses_all_of_ours() -> None:
-    lineage = Lineage(BASE).learned(verdicts(0), []).published("v1").fallen_back("v9-foreign")
-    assert lineage.parent == "v9-foreign" and lineage.ancestors == ()
-    assert lineage.lost_ids == ("preference-0",)
-    assert lineage.forgotten(set()).lost_ids == ()
+    fallen, lost = Lineage(BASE).learned(verdicts(0)).published("v1").fallen_back("v9-foreign")
+    assert fallen.parent == "v9-foreign" and fallen.ancestors == ()
+    assert lost == ("preference-0",)
