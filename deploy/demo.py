@@ -46,6 +46,7 @@ POLL_S = 0.7
 
 def demo(path: Path, out: Path) -> int:
     """Run it; 0 only if the win rate rose and the bad version was rolled back."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is stopped
     console = Console()
     story = Story(CLICKS)
     story.say("starting the stack")

@@ -54,6 +54,7 @@ def _environ(threads: int) -> dict[str, str]:
         "MKL_NUM_THREADS": count,
         "TOKENIZERS_PARALLELISM": "false",
         "TQDM_DISABLE": "1",
+        "RAY_worker_niceness": "0",  # Ray would put a replica behind everything else on the machine
     }
 
 

@@ -74,7 +74,7 @@ def start_ray(config: ServingConfig, temp: Path) -> None:
         before = set(psutil.Process().children(recursive=True))
         try:
             return _start_local(config, temp)
-        except Exception as error:  # noqa: BLE001 - a retry wrapper: Ray raises a plain Exception here
+        except Exception as error:  # a retry wrapper: Ray raises a plain Exception here
             for child in set(psutil.Process().children(recursive=True)) - before:
                 child.kill()
             if not tries_left:
