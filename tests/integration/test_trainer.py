@@ -270,7 +270,7 @@ def process(telemetry_config: TelemetryConfig, tiny_model: Path) -> Iterator[Pro
         found.process.wait()
 
 
-def wait_for(condition: Callable[[], bool], tell: Callable[[], str], timeout_s: float = 90.0) -> None:
+def wait_for(condition: Callable[[], bool], tell: Callable[[], str], timeout_s: float = 240.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, tell()
