@@ -168,7 +168,10 @@ class Supervisor:
 
 
 def child_setup(nice: int = 0) -> Callable[[], None]:
-    """What a child does between fork and exec: take its niceness, and promise not to outlive us."""
+    """What a child does between fork and exec: take its niceness, and promise not to outlive us.
+
+    Call Popen from a thread that lasts: Linux counts the death of the thread that forked as the parent's.
+    """
     parent = os.getpid()
 
     def setup() -> None:

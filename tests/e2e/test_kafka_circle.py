@@ -48,16 +48,15 @@ def test_a_click_on_kafka_is_stored_trained_on_and_live(kafka_stack: RunningStac
 def test_verdicts_given_while_the_broker_is_away_are_stored_once_it_is_back(
     kafka_stack: RunningStack, kafka_broker: Broker
 ) -> None:
-    def outage() -> None:
-        time.sleep(0.5)
-        kafka_broker.kill()
-        time.sleep(3.0)
-        kafka_broker.start()
-
-    breaking = threading.Thread(target=outage)
-    breaking.start()
-    ids = kafka_stack.clicks(24, seed=1)
-    breaking.join()
+    ids: list[str] = []
+    users = threading.Thread(target=lambda: ids.extend(kafka_stack.clicks(24, seed=1)))
+    users.start()
+    time.sleep(0.5)
+    kafka_broker.kill()
+    time.sleep(3.0)
+    kafka_broker.start()  # from this thread: the broker ends with the one that started it
+    users.join()
+    assert len(set(ids)) == 24
     kafka_stack.wait_for(lambda: set(ids) <= set(kafka_stack.stored()), LIVE_LIMIT_S, "every verdict is stored")
     stored = kafka_stack.stored()
     assert {each: stored[each] for each in ids if stored[each] != 1} == {}

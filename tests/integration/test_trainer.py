@@ -277,6 +277,7 @@ def wait_for(condition: Callable[[], bool], tell: Callable[[], str], timeout_s: 
         time.sleep(0.05)
 
 
+@pytest.mark.timeout(900)
 def test_killed_at_any_moment_every_verdict_is_trained_on_once(
     telemetry_config: TelemetryConfig, process: Process
 ) -> None:
