@@ -26,7 +26,7 @@ from telemetry.store import preferences
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = Path(__file__).with_name("tiny.toml")
-START_LIMIT_S = 240.0
+START_LIMIT_S = 320.0
 MAX_TOKENS = 6
 
 
