@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-TIERS = ("unit", "contract", "integration", "e2e")
+# Two files at a time where tests mostly wait for servers; a whole stack (e2e) needs the machine to itself.
+PARALLEL = ("-n", "2", "--dist", "loadfile")
+TIERS: dict[str, tuple[str, ...]] = {"unit": PARALLEL, "contract": PARALLEL, "integration": PARALLEL, "e2e": ()}
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ def run_tier(tier: str, arguments: Sequence[str]) -> tuple[int, float]:
     folder = ROOT / "tests" / tier
     environ = {**os.environ, "HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0"}
     start = time.monotonic()
-    command = [sys.executable, "-m", "pytest", "-q", str(folder), *arguments]
+    command = [sys.executable, "-m", "pytest", "-q", str(folder), *TIERS[tier], *arguments]
     done = subprocess.run(command, cwd=ROOT, env=environ, check=False)
     return done.returncode, time.monotonic() - start
 
