@@ -6,6 +6,7 @@ it shows in the history.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Final, Literal, cast
 
 import msgspec
@@ -15,10 +16,11 @@ from redis.exceptions import RedisError
 from router.errors import InvalidRequest, Unavailable
 from router.schema import ReleaseOrder
 from telemetry.manifest import VERSION_PATTERN
-from telemetry.routing import RoutingTable
+from telemetry.routing import Replica, ReplicaTable, RoutingTable
 
 HISTORY_KEY: Final = "tiebreak:releases:history"
 COMMANDS_KEY: Final = "tiebreak:releases:commands"
+CHANNELS: Final = ("stable", "previous", "canary", "shadow", "base_version")  # fields of a route
 HISTORY_LENGTH: Final = 100
 Command = Literal["promote", "rollback"]
 
@@ -38,6 +40,67 @@ class Order(msgspec.Struct, frozen=True):
     actor: str
     force: bool
     reason: str
+
+
+class HeldVersion(msgspec.Struct, frozen=True):
+    """One version in one replica."""
+
+    version: str
+    state: Literal["ready", "loading", "draining", "failed"]
+    in_flight: int
+    wanted_by: tuple[str, ...]  # policy@channel of every route that names it
+    reason: str = ""  # of a failure
+
+
+class ReplicaVersions(msgspec.Struct, frozen=True):
+    """One replica; versions of another base are none of its business."""
+
+    replica_id: str
+    base: str
+    is_ready: bool
+    in_flight: int
+    free_slots: int
+    versions: tuple[HeldVersion, ...]
+
+
+class HeldVersions(msgspec.Struct, frozen=True):
+    """``GET /admin/versions``: the fleet as the control loop last saw it, at unix time ``updated_at_s``."""
+
+    updated_at_s: float
+    replicas: tuple[ReplicaVersions, ...]
+
+
+def held_versions(routing: RoutingTable, table: ReplicaTable) -> HeldVersions:
+    """Both tables joined: which version is where, and what it is there for."""
+    wanted: dict[tuple[str, str], list[str]] = {}
+    for policy, routes in routing.policies.items():
+        for route in routes:
+            for channel in CHANNELS:
+                if version := getattr(route, channel):
+                    wanted.setdefault((route.base, version), []).append(f"{policy}@{channel}")
+    return HeldVersions(table.updated_at_s, tuple(_versions_of(replica, wanted) for replica in table.replicas))
+
+
+def _versions_of(replica: Replica, wanted: Mapping[tuple[str, str], list[str]]) -> ReplicaVersions:
+    states: dict[str, Literal["ready", "loading", "draining", "failed"]] = {
+        **dict.fromkeys(replica.failed, "failed"),
+        **dict.fromkeys(replica.loading, "loading"),
+        **dict.fromkeys(replica.draining, "draining"),
+        **dict.fromkeys(replica.versions, "ready"),
+    }
+    held = tuple(
+        HeldVersion(
+            version=version,
+            state=state,
+            in_flight=replica.in_flight_by_version.get(version, 0),
+            wanted_by=tuple(dict.fromkeys(wanted.get((replica.base, version), ()))),
+            reason=replica.failed.get(version, "") if state == "failed" else "",
+        )
+        for version, state in sorted(states.items())
+    )
+    return ReplicaVersions(
+        replica.replica_id, replica.base, replica.is_ready, replica.in_flight, replica.free_slots, held
+    )
 
 
 class ReleaseDesk:

@@ -16,11 +16,11 @@ from starlette.responses import HTMLResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from router import docs
-from router.admin import Command, Order, Releases
+from router.admin import Command, HeldVersions, Order, Releases, held_versions
 from router.admission import OPEN_CALLER, Caller
 from router.assets import page
 from router.config import RouterConfig
-from router.errors import Unavailable
+from router.errors import NotFound, Unavailable
 from router.feedback import record_feedback
 from router.http import EXCEPTION_HANDLERS, Edge, JsonResponse, read_body
 from router.models import find_model, list_models
@@ -100,6 +100,11 @@ def _consent_unavailable() -> Unavailable:
     return Unavailable(message, code="state_unavailable", retry_after_s=1.0)
 
 
+async def unsupported(request: Request, caller: Caller) -> Response:
+    message = f"{request.url.path} is not served here: chat models answer POST /v1/chat/completions."
+    raise NotFound(message, code="unsupported_endpoint")
+
+
 async def models(request: Request, caller: Caller) -> Response:
     here = services(request)
     return JsonResponse(list_models(here.tables.routing, here.started_at))
@@ -131,6 +136,11 @@ async def metrics(request: Request, caller: Caller) -> Response:
 async def releases(request: Request, caller: Caller) -> Response:
     here = services(request)
     return JsonResponse(await here.releases.read(here.tables.routing))
+
+
+async def versions(request: Request, caller: Caller) -> Response:
+    here = services(request)
+    return JsonResponse(held_versions(here.tables.routing, here.tables.replicas))
 
 
 async def promote(request: Request, caller: Caller) -> Response:
@@ -172,6 +182,7 @@ _ANSWER_HEADERS: Final = (
     Header("x-tiebreak-pair-id", "The pair, when two answers are shown."),
     Header("x-tiebreak-pair-token", "What a verdict on the pair needs."),
 )
+UNSERVED: Final = ("/v1/completions", "/v1/embeddings", "/v1/responses")  # clients ask for them; the 404 says what is
 
 ENDPOINTS: Final = (
     Endpoint(
@@ -179,6 +190,13 @@ ENDPOINTS: Final = (
         summary="Answer a chat, once or as a pair to choose from; streamed or whole.",
         answers={200: ChatCompletion}, streams=ChatChunk, errors=(404, 429, 502, 503, 504),
         headers_in=(_REQUEST_ID, _TRACE), headers_out=_ANSWER_HEADERS,
+    ),
+    *(
+        Endpoint(
+            method="POST", path=path, handler=unsupported, role="inference", answers={}, errors=(404,),
+            summary="Not served; the error says what is.",
+        )
+        for path in UNSERVED
     ),
     Endpoint(
         method="POST", path="/v1/preferences", handler=record_preference, role="inference", body=VerdictRequest,
@@ -218,6 +236,11 @@ ENDPOINTS: Final = (
     Endpoint(
         method="GET", path="/admin/releases", handler=releases, role="admin",
         summary="What is where, and the latest changes.", answers={200: Releases}, errors=(503,),
+    ),
+    Endpoint(
+        method="GET", path="/admin/versions", handler=versions, role="admin",
+        summary="What each replica holds, loads and drains, its free slots, and what is in flight.",
+        answers={200: HeldVersions},
     ),
     Endpoint(
         method="POST", path="/admin/releases/{version}/promote", handler=promote, role="admin", body=ReleaseOrder,

@@ -18,7 +18,7 @@ import msgspec
 
 _UNKNOWN_FIELD = re.compile(r"unknown field `(?P<name>[^`]*)`")
 _MISSING_FIELD = re.compile(r"missing required field `(?P<name>[^`]*)`")
-_PLACE = re.compile(r" - at `(?P<place>.*)`$", re.S)
+_PLACE = re.compile(r" - at `(?:key` in `)?(?P<place>.*?)(?:\[\.\.\.\])?`$", re.S)
 _SAFE_NAME = re.compile(r"^[A-Za-z0-9_.\[\]-]{1,80}$")
 
 

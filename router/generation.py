@@ -78,6 +78,10 @@ def sampling_of(body: ChatRequest, arm: Arm) -> Sampling:
         stop=body.stops,
         seed=body.seed,
         top_logprobs=body.top_logprobs or 0,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        presence_penalty=body.presence_penalty or 0.0,
+        logit_bias={int(token_id): bias for token_id, bias in (body.logit_bias or {}).items()},
+        json_schema=body.response_format.schema_text if body.response_format else "",
     )
 
 

@@ -18,7 +18,9 @@ from telemetry.receipts import Stage
 
 Text = Annotated[str, Meta(max_length=262_144)]
 Short = Annotated[str, Meta(min_length=1, max_length=256)]
-Zero = Annotated[float, Meta(ge=0.0, le=0.0)]
+Penalty = Annotated[float, Meta(ge=-2.0, le=2.0)]
+Bias = Annotated[float, Meta(ge=-100.0, le=100.0)]
+TokenId = Annotated[str, Meta(pattern="^[0-9]{1,9}$")]
 StopText = Annotated[str, Meta(min_length=1, max_length=256)]
 Choice = Literal["a", "b", "tie", "both_bad", "skip"]
 PairWish = Literal["auto", "always", "never"]
@@ -61,8 +63,39 @@ class PreferenceWish(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     pair: PairWish = "auto"
 
 
-class ResponseFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    type: Literal["text"]
+class TextFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="text"):
+    """Free text."""
+
+    @property
+    def schema_text(self) -> str:
+        return ""
+
+
+class JsonObjectFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="json_object"):
+    """Any JSON object."""
+
+    @property
+    def schema_text(self) -> str:
+        return '{"type":"object"}'
+
+
+class NamedSchema(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``schema`` is always enforced: ``strict`` changes nothing."""
+
+    name: Annotated[str, Meta(pattern="^[A-Za-z0-9_-]{1,64}$")]
+    schema: dict[str, Any] = {}
+    description: str | None = None
+    strict: bool | None = None
+
+
+class JsonSchemaFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="json_schema"):
+    """JSON of the given schema."""
+
+    json_schema: NamedSchema
+
+    @property
+    def schema_text(self) -> str:
+        return msgspec.json.encode(self.json_schema.schema).decode()
 
 
 class ChatRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -81,21 +114,21 @@ class ChatRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     n: Annotated[int, Meta(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    frequency_penalty: Penalty | None = None
+    presence_penalty: Penalty | None = None
+    logit_bias: Annotated[dict[TokenId, Bias], Meta(max_length=300)] | None = None
+    response_format: TextFormat | JsonObjectFormat | JsonSchemaFormat | None = None
     user: Short | None = None
     preference: PreferenceWish | None = None
     # known to OpenAI's clients, not supported: only the value that asks for nothing
     audio: None = None
-    frequency_penalty: Zero | None = None
     function_call: None = None
     functions: None = None
-    logit_bias: None = None
     metadata: None = None
     modalities: Annotated[tuple[Literal["text"], ...], Meta(max_length=1)] | None = None
     parallel_tool_calls: None = None
     prediction: None = None
-    presence_penalty: Zero | None = None
     reasoning_effort: None = None
-    response_format: ResponseFormat | None = None
     service_tier: Literal["auto", "default"] | None = None
     store: Literal[False] | None = None
     tool_choice: Literal["none"] | None = None
@@ -121,8 +154,8 @@ class ChatRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
 
 
 _NEUTRAL_NAMES: Final = (
-    "audio frequency_penalty function_call functions logit_bias metadata modalities parallel_tool_calls "
-    "prediction presence_penalty reasoning_effort response_format service_tier store tool_choice tools "
+    "audio function_call functions metadata modalities parallel_tool_calls "
+    "prediction reasoning_effort service_tier store tool_choice tools "
     "verbosity web_search_options refusal annotations tool_calls tool_call_id"
 )
 NEUTRAL_ONLY: Final = frozenset(_NEUTRAL_NAMES.split())

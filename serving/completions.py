@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from random import Random, SystemRandom
+from typing import TYPE_CHECKING
 
 from serving.prompts import PromptEncoder
 from serving.safety import OutputFilter
@@ -16,14 +17,20 @@ from serving.scheduler import Sequence
 from serving.text_stream import Detokenizer, OutputText
 from serving.wire import Chunk, FinishReason, GenerateRequest, TokenLogprob, TopLogprob
 
+if TYPE_CHECKING:
+    from serving.shaping import Shaping
+
 _entropy = SystemRandom()
 
 
 class Ticket:
     """A request the engine has accepted. ``arrived`` belongs to the event loop, all else to the engine's thread."""
 
-    def __init__(self, request: GenerateRequest, slot: int, tokens: list[int], room: int) -> None:
-        self.request, self.slot, self.tokens = request, slot, tokens
+    def __init__(
+        self, request: GenerateRequest, slot: int, tokens: list[int], room: int, shapings: list[Shaping | None]
+    ) -> None:
+        """``shapings``: one for each of the n completions."""
+        self.request, self.slot, self.tokens, self.shapings = request, slot, tokens, shapings
         self.max_tokens = min(request.sampling.max_tokens, room)
         self.deadline = time.monotonic() + request.deadline_s
         self.is_cancelled = False
@@ -60,7 +67,8 @@ class Completion:
             request.version, ticket.slot, list(ticket.tokens), len(ticket.tokens), is_forked=index > 0
         )
         seed = _entropy.getrandbits(64) if sampling.seed is None else sampling.seed * 1_000_003 + index
-        self.rule = Rule(sampling.temperature, sampling.top_p, sampling.top_logprobs, Random(seed))
+        self._shaping = ticket.shapings[index]
+        self.rule = Rule(sampling.temperature, sampling.top_p, sampling.top_logprobs, Random(seed), self._shaping)
         self._prompts = prompts
         self._pieces = Detokenizer(prompts.decode)
         self._text = OutputText(sampling.stop, output_filter)
@@ -73,6 +81,9 @@ class Completion:
             return
         if sampled.token_id in self._prompts.end_ids:
             self.end("stop")
+            return
+        if self._shaping is not None and not self._shaping.accept(sampled.token_id):
+            self.end("error", error="grammar_failed")
             return
         self.made += 1
         self.sequence.tokens.append(sampled.token_id)

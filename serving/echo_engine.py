@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Self
 
 from serving.engine import ChunkStream, EngineStatus, check_request
-from serving.errors import EngineClosed, PromptTooLong
+from serving.errors import EngineClosed, InvalidRequest, PromptTooLong
 from serving.safety import OutputFilter
 from serving.slots import SlotTable
 from serving.text_stream import OutputText
@@ -53,6 +53,10 @@ class EchoEngine:
         if self._is_closed:
             raise EngineClosed()
         check_request(request)
+        if request.sampling.is_shaped:
+            raise InvalidRequest(
+                "the echo engine has no logits: penalties, logit_bias and response_format need a model"
+            )
         prompt_tokens = sum(len(_PIECE.findall(message.content)) + 1 for message in request.messages)
         if prompt_tokens >= self._max_context:
             raise PromptTooLong(f"the prompt has {prompt_tokens} tokens, the context {self._max_context}")

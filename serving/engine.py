@@ -19,6 +19,8 @@ from telemetry.manifest import Manifest
 MAX_N = 8
 MAX_TOP_LOGPROBS = 20
 MAX_STOPS = 16
+MAX_BIASES = 300
+MAX_SCHEMA_CHARS = 65_536
 
 
 class EngineStatus(msgspec.Struct, frozen=True):
@@ -95,8 +97,19 @@ def check_request(request: GenerateRequest) -> None:
         (0 < sampling.top_p <= 1, "top_p: above 0, at most 1"),
         (len(sampling.stop) <= MAX_STOPS and all(sampling.stop), f"stop: up to {MAX_STOPS} non-empty texts"),
         (0 <= sampling.top_logprobs <= MAX_TOP_LOGPROBS, f"top_logprobs: 0 to {MAX_TOP_LOGPROBS}"),
+        (_is_within(2.0, sampling.frequency_penalty), "frequency_penalty: -2 to 2"),
+        (_is_within(2.0, sampling.presence_penalty), "presence_penalty: -2 to 2"),
+        (
+            len(sampling.logit_bias) <= MAX_BIASES and _is_within(100.0, *sampling.logit_bias.values()),
+            f"logit_bias: up to {MAX_BIASES} tokens, each -100 to 100",
+        ),
+        (len(sampling.json_schema) <= MAX_SCHEMA_CHARS, f"response_format: at most {MAX_SCHEMA_CHARS} characters"),
         (request.deadline_s > 0, "deadline_s: above 0"),
     )
     for is_fine, message in checks:
         if not is_fine:
             raise InvalidRequest(message)
+
+
+def _is_within(limit: float, *values: float) -> bool:
+    return all(math.isfinite(value) and abs(value) <= limit for value in values)

@@ -58,8 +58,19 @@ def steps_for(wanted: Mapping[str, str], status: ReplicaStatus) -> list[Step]:
 
 def replica_record(url: str, status: ReplicaStatus, *, is_ready: bool) -> Replica:
     """How the router sees a replica."""
-    in_flight = sum(status.in_flight.values())
-    return Replica(status.replica_id, status.base, url, is_ready, status.versions, in_flight, status.free_slots)
+    return Replica(
+        replica_id=status.replica_id,
+        base=status.base,
+        url=url,
+        is_ready=is_ready,
+        versions=status.versions,
+        in_flight=sum(status.in_flight.values()),
+        free_slots=status.free_slots,
+        loading=status.loading,
+        draining=status.draining,
+        failed=status.failed,
+        in_flight_by_version=status.in_flight,
+    )
 
 
 class Fleet:

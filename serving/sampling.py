@@ -26,8 +26,8 @@ def sample(logits_NV: Tensor, rules: Sequence[Rule]) -> list[Sampled]:
     greedy = logits_NV.argmax(dim=-1).tolist()
     finite = torch.isfinite(log_sums_N).tolist()
     chosen = [
-        greedy[i] if rule.temperature == 0 or not finite[i] else _draw(logits_NV[i], rule)
-        for i, rule in enumerate(rules)
+        _choose(logits_NV[i], rule, greedy[i]) if is_finite else greedy[i]
+        for i, (rule, is_finite) in enumerate(zip(rules, finite, strict=True))
     ]
     picked_N = logits_NV.gather(1, torch.tensor(chosen, device=logits_NV.device)[:, None])[:, 0]
     logprobs = (picked_N - log_sums_N).tolist()
@@ -37,6 +37,14 @@ def sample(logits_NV: Tensor, rules: Sequence[Rule]) -> list[Sampled]:
         else Sampled(0, 0.0, (), False)
         for i, (token, logprob) in enumerate(zip(chosen, logprobs, strict=True))
     ]
+
+
+def _choose(logits_V: Tensor, rule: Rule, greedy: int) -> int:
+    """The row's next token; ``greedy`` is its likeliest without shaping."""
+    if rule.shaping is not None:
+        logits_V = rule.shaping.shaped(logits_V)
+        greedy = int(logits_V.argmax())
+    return greedy if rule.temperature == 0 else _draw(logits_V, rule)
 
 
 def _draw(logits_V: Tensor, rule: Rule) -> int:

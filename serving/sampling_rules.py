@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from random import Random
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from serving.shaping import Shaping
 
 
 class Rule(NamedTuple):
@@ -13,6 +16,7 @@ class Rule(NamedTuple):
     top_p: float
     top_logprobs: int
     dice: Random
+    shaping: Shaping | None = None  # None: the model's own distribution
 
 
 class Sampled(NamedTuple):

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Self
 
 import torch
+from llguidance import LLMatcher
 from transformers import AutoTokenizer
 
 from serving.adapters import load_adapter
@@ -36,6 +37,7 @@ from serving.runner import Runner
 from serving.safety import OutputFilter
 from serving.sampling import sample
 from serving.scheduler import Plan, Scheduler, Sequence
+from serving.shaping import Guides
 from serving.slots import SlotTable
 from serving.wire import Chunk, GenerateRequest, Sampling
 from telemetry.events import Message
@@ -90,12 +92,17 @@ class TransformersEngine:
         )
         tokenizer = AutoTokenizer.from_pretrained(self._folder)
         self._prompts = PromptEncoder(tokenizer, self._runner.model.generation_config)
+        self._guides = Guides(tokenizer, int(self._runner.model.config.get_text_config().vocab_size))
 
     async def submit(self, request: GenerateRequest) -> ChunkStream:
-        return self._accept(request, is_warming=False)
-
-    def _accept(self, request: GenerateRequest, *, is_warming: bool) -> _Stream:
         check_request(request)
+        guide = None
+        if schema := request.sampling.json_schema:  # a large one takes up to a second
+            guide = await asyncio.to_thread(self._guides.guide, schema)
+        return self._accept(request, guide)
+
+    def _accept(self, request: GenerateRequest, guide: LLMatcher | None = None, *, is_warming: bool = False) -> _Stream:
+        shapings = [self._guides.shaping(request.sampling, guide) for _ in range(request.n)]
         if request.n > self._options.max_batch:
             raise InvalidRequest(f"n: at most {self._options.max_batch}, the batch of this replica")
         tokens = self._prompts.encode(request.messages)
@@ -110,7 +117,7 @@ class TransformersEngine:
             if self.queued >= self._options.max_queue:
                 raise Overloaded(f"{self.queued} requests wait already; try again in a moment")
             slot = self._slots.pin(request.version, is_warming=is_warming)
-            ticket = Ticket(request, slot, tokens, room)
+            ticket = Ticket(request, slot, tokens, room, shapings)
             self._arrived.append(ticket)
             self._wake.notify()
         return _Stream(self, ticket)

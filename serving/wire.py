@@ -24,6 +24,15 @@ class Sampling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     stop: tuple[str, ...] = ()
     seed: int | None = None
     top_logprobs: int = 0  # alternatives per token, 0–20
+    frequency_penalty: float = 0.0  # off the logit of a token for each time that this answer said it
+    presence_penalty: float = 0.0  # the same, once
+    logit_bias: dict[int, float] = {}  # token id → added to its logit
+    json_schema: str = ""  # the answer is JSON text of this schema, unless max_tokens cuts it; "": free
+
+    @property
+    def is_shaped(self) -> bool:
+        """Whether anything but the model's own distribution decides what may come next."""
+        return bool(self.frequency_penalty or self.presence_penalty or self.logit_bias or self.json_schema)
 
 
 class GenerateRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

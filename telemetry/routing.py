@@ -49,6 +49,10 @@ class Replica(msgspec.Struct, frozen=True):
     versions: tuple[str, ...]  # loaded and ready, the base version included
     in_flight: int
     free_slots: int
+    loading: tuple[str, ...] = ()
+    draining: tuple[str, ...] = ()  # taken out, still answering what was asked before
+    failed: dict[str, str] = {}  # version → why it was refused
+    in_flight_by_version: dict[str, int] = {}
 
 
 class ReplicaTable(msgspec.Struct, frozen=True):

@@ -20,6 +20,7 @@ import aiohttp
 import jsonschema
 import pytest
 
+from router.app import UNSERVED
 from serving.echo_engine import EchoEngine
 from telemetry.config import TelemetryConfig
 from tests.router_stack import STABLE, Stack, fast, running_stack
@@ -189,6 +190,7 @@ async def test_the_openapi_document_describes_the_answers_as_they_are(stack: Sta
         ("/v1/models/{id}", "get", "200"): await (await stack.http.get("/v1/models/chat@stable")).json(),
         ("/health/ready", "get", "200"): await (await stack.http.get("/health/ready")).json(),
         ("/admin/releases", "get", "200"): await (await stack.http.get("/admin/releases")).json(),
+        ("/admin/versions", "get", "200"): await (await stack.http.get("/admin/versions")).json(),
         ("/v1/users/{user}/consent", "get", "200"): await (await stack.http.get("/v1/users/ann/consent")).json(),
     }
     pair = await stack.pair()
@@ -209,7 +211,7 @@ async def test_every_described_route_is_there_and_every_route_is_described(stack
             async with stack.http.request(method, re.sub(r"{\w+}", "x", path)) as response:
                 assert response.status != 405
                 if response.status == 404 and "/x" not in re.sub(r"{\w+}", "x", path):
-                    assert path == "/", "only the page may be missing"
+                    assert path in ("/", *UNSERVED), "only the page may be missing"
     for path in ("/docs", "/metrics", "/openapi.json", "/health/live", "/health/ready", "/v1/feedback", "/"):
         assert path in paths
 
@@ -293,3 +295,18 @@ def test_a_port_in_use_is_one_clear_line(telemetry_config: TelemetryConfig, tmp_
 def test_the_router_loads_neither_torch_nor_ray() -> None:
     code = "import sys, router.app; sys.exit(any(name in sys.modules for name in ('torch', 'ray', 'kafka')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+async def test_operators_see_which_replica_holds_what(stack: Stack) -> None:
+    async with stack.http.get("/admin/versions") as response:
+        seen = await response.json()
+    (replica,) = seen["replicas"]
+    assert {held["version"]: held["wanted_by"] for held in replica["versions"]}[STABLE] == ["chat@stable"]
+
+
+@pytest.mark.parametrize("path", UNSERVED)
+async def test_an_endpoint_of_openai_that_is_not_served_says_what_is(stack: Stack, path: str) -> None:
+    async with stack.http.post(path, json={"model": "chat", "input": "Hello"}) as response:
+        error = (await response.json())["error"]
+    assert (response.status, error["code"]) == (404, "unsupported_endpoint")
+    assert "/v1/chat/completions" in error["message"]

@@ -23,10 +23,7 @@ ALLOWED = {
 HEAVY = ("torch", "ray", "transformers")
 TORCH = ("torch", "transformers", "peft", "accelerate")
 # the engine, LoRA and adapter modules of serving
-TORCH_IN_SERVING = {
-    "adapters", "kv", "llama", "lora", "lora_cpu", "model", "runner", "sampling", "slots", "transformers_engine",
-    "weights",
-}  # fmt: skip
+TORCH_IN_SERVING = {"adapters", "kv", "lora", "runner", "sampling", "shaping", "slots", "transformers_engine"}
 CORES = {  # what must run alone, on a GPU machine with nothing else installed
     "online_trainer": {"objective", "policy", "batches", "checkpoint", "evaluate", "config"},
     "serving": TORCH_IN_SERVING | {"engine", "scheduler", "text_stream", "safety", "wire"},

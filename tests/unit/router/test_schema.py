@@ -25,10 +25,6 @@ def read(**fields: Any) -> ChatRequest:
         ("tools", [{"type": "function"}]),
         ("tool_choice", "auto"),
         ("functions", []),
-        ("response_format", {"type": "json_object"}),
-        ("logit_bias", {"5": 1}),
-        ("frequency_penalty", 0.5),
-        ("presence_penalty", -0.1),
         ("parallel_tool_calls", True),
         ("reasoning_effort", "high"),
         ("service_tier", "flex"),
@@ -52,12 +48,9 @@ def test_an_unsupported_field_is_refused_by_name(field: str, value: Any) -> None
     [
         ("tools", []),
         ("tool_choice", "none"),
-        ("frequency_penalty", 0),
-        ("response_format", {"type": "text"}),
         ("store", False),
         ("service_tier", "auto"),
         ("modalities", ["text"]),
-        ("logit_bias", None),
     ],
 )
 def test_an_unsupported_field_that_asks_for_nothing_is_taken(field: str, value: Any) -> None:
@@ -81,6 +74,16 @@ def test_an_unsupported_field_that_asks_for_nothing_is_taken(field: str, value: 
         ({"top_logprobs": 3}, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"frequency_penalty": 2.1}, "frequency_penalty"),
+        ({"presence_penalty": -2.1}, "presence_penalty"),
+        ({"logit_bias": {"5": 101}}, "logit_bias"),
+        ({"logit_bias": {"five": 1}}, "logit_bias"),
+        ({"response_format": {"type": "yaml"}}, "response_format.type"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "a b"}}},
+            "response_format.json_schema.name",
+        ),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
@@ -151,3 +154,15 @@ def test_a_verdict_needs_pair_token_and_choice(field: str) -> None:
 def test_a_verdict_out_of_bounds_is_refused(extra: dict[str, Any]) -> None:
     with pytest.raises(InvalidRequest):
         decode(msgspec.json.encode({"pair_id": "p", "token": "t", "choice": "a"} | extra), VerdictRequest)
+
+
+def test_a_response_format_becomes_the_schema_that_the_engine_holds() -> None:
+    wanted = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": wanted, "strict": True}}
+    read_format = read(response_format=form).response_format
+    assert read_format is not None
+    assert msgspec.json.decode(read_format.schema_text) == wanted
+    for kind, text in (("json_object", '{"type":"object"}'), ("text", "")):
+        plain = read(response_format={"type": kind}).response_format
+        assert plain is not None
+        assert plain.schema_text == text

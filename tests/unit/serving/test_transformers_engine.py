@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import jsonschema
 import msgspec
 import pytest
 import torch
@@ -195,3 +197,63 @@ async def test_an_idle_engine_sleeps(engine: TransformersEngine) -> None:
     before = time.process_time()
     await asyncio.sleep(0.3)
     assert time.process_time() - before < 0.1
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"mood": {"enum": ["calm", "lively"]}, "stars": {"type": "integer", "minimum": 1, "maximum": 5}},
+    "required": ["mood", "stars"],
+    "additionalProperties": False,
+}
+
+
+async def test_a_schema_holds_even_for_a_model_of_noise(engine: TransformersEngine) -> None:
+    schema = json.dumps(SCHEMA)
+    wish = request(engine.base_version, json_schema=schema, max_tokens=100, temperature=1.5, top_p=1.0, n=3)
+    chunks = await answer(engine, wish)
+    for index in range(3):
+        jsonschema.validate(json.loads(text_of(chunks, index)), SCHEMA)
+        assert last_of(chunks, index).finish_reason == "stop"
+
+
+async def test_a_schema_binds_its_own_row_only(engine: TransformersEngine, tiny_model: Path) -> None:
+    bound, free = await asyncio.gather(
+        answer(engine, request(engine.base_version, json_schema='{"type":"boolean"}', max_tokens=10)),
+        answer(engine, request(engine.base_version, "as ever", max_tokens=16)),
+    )
+    assert text_of(bound) in ("true", "false")
+    assert ids_of(free) == Reference(tiny_model).greedy("as ever", 16)
+
+
+@pytest.mark.parametrize("schema", ["[1]", '{"type": "nonsense"}', "{"])
+async def test_a_schema_that_is_none_is_refused(engine: TransformersEngine, schema: str) -> None:
+    with pytest.raises(InvalidRequest, match="response_format"):
+        await engine.submit(request(engine.base_version, json_schema=schema))
+
+
+async def test_a_token_outside_the_vocabulary_cannot_be_biased(engine: TransformersEngine) -> None:
+    with pytest.raises(InvalidRequest, match="logit_bias"):
+        await engine.submit(request(engine.base_version, logit_bias={10**6: 1.0}))
+
+
+async def test_a_banned_token_is_not_said_and_a_wanted_one_is(engine: TransformersEngine) -> None:
+    usual = ids_of(await answer(engine, request(engine.base_version, "bias")))
+    without = ids_of(await answer(engine, request(engine.base_version, "bias", logit_bias={usual[0]: -100.0})))
+    assert usual[0] not in without
+    wanted = ids_of(await answer(engine, request(engine.base_version, "bias", logit_bias={7: 100.0})))
+    assert wanted == [7] * 12
+
+
+async def test_log_probs_stay_the_models_own(engine: TransformersEngine, tiny_model: Path) -> None:
+    chunks = await answer(engine, request(engine.base_version, "bias", logit_bias={7: 100.0}, max_tokens=1))
+    reference = Reference(tiny_model)
+    expected = float(reference.logprobs(reference.prompt_ids("bias"))[-1, 7])
+    assert chunks[0].tokens[0].logprob == pytest.approx(expected, abs=1e-3)
+
+
+async def test_a_penalty_ends_repetition(engine: TransformersEngine) -> None:
+    wish = {"logit_bias": {7: 20.0}, "max_tokens": 30}  # would say token 7 for ever
+    assert set(ids_of(await answer(engine, request(engine.base_version, **wish)))) == {7}
+    punished = ids_of(await answer(engine, request(engine.base_version, frequency_penalty=2.0, **wish)))
+    assert set(punished[:5]) == {7}
+    assert len(set(punished)) > 1
