@@ -82,7 +82,7 @@ class TrainerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     # Seconds between two published versions at least.
     publish_interval_s: float = 15.0
     # Tokens of each probe answer, and the prompts: what a version's offline numbers are measured on.
-    probe_tokens: int = 24
+    probe_tokens: int = 16
     probes: tuple[str, ...] = PROBES
     # Checkpoints that stay on disk.
     keep_checkpoints: int = 3

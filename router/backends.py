@@ -1,6 +1,7 @@
 """The replica pool: picks a replica that holds the version, streams from it, retries before the first token only.
 
-Of two random candidates the one with less in flight answers. A replica that refuses or breaks is left out of
+Of two random candidates the one with less in flight answers, unless another has read the prompt's beginning for this
+version and is not much busier. A replica that refuses or breaks is left out of
 the next try; one that says 409 or takes no connection is left out until the replica table has been written
 anew, or for ``STALE_S``.
 Tokens come straight from the replica's own listener over kept-alive connections.
@@ -17,6 +18,7 @@ from contextlib import aclosing
 import aiohttp
 import msgspec
 
+from router.affinity import PrefixMemory, prefix_keys
 from router.errors import (
     DeadlineExceeded,
     InvalidRequest,
@@ -32,6 +34,7 @@ from telemetry.routing import Replica
 TRIES = 2
 CONNECT_S = 2.0
 STALE_S = 2.0
+IMBALANCE = 4  # requests that the reader of a prompt's prefix may have in flight beyond another replica's
 READ_BUFFER_BYTES = 1 << 20
 _encoder = msgspec.json.Encoder()
 _decoder = msgspec.json.Decoder(Chunk)
@@ -53,6 +56,7 @@ class ReplicaPool:
         self._tables = tables
         self._ready_wait_s = ready_wait_s
         self._in_flight: Counter[str] = Counter()
+        self._prefixes = PrefixMemory()
         # (replica, version) → age of the table that was wrong, and when that was found
         self._stale: dict[tuple[str, str], tuple[float, float]] = {}
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=30.0)
@@ -71,7 +75,7 @@ class ReplicaPool:
         """
         tried: set[str] = set()
         for attempt in range(TRIES):
-            replica = await self._pick(base, request.version, tried)
+            replica = await self._pick(base, request, tried)
             has_begun = False
             self._in_flight[replica.replica_id] += 1
             try:
@@ -96,13 +100,14 @@ class ReplicaPool:
         if not self._in_flight[replica_id]:
             del self._in_flight[replica_id]
 
-    async def _pick(self, base: str, version: str, tried: set[str]) -> Replica:
+    async def _pick(self, base: str, request: GenerateRequest, tried: set[str]) -> Replica:
+        version = request.version
         deadline = time.monotonic() + self._ready_wait_s
         while True:
             candidates = [r for r in self._tables.holding(base, version) if not self._is_stale(r, version)]
             fresh = [replica for replica in candidates if replica.replica_id not in tried]
             if chosen := fresh or candidates:
-                return self._less_loaded(chosen)
+                return self._best(chosen, request)
             if not await self._tables.changed(deadline - time.monotonic()):
                 message = "No replica holds this version now; it is being loaded or is gone."
                 raise Unavailable(message, code="no_replica", retry_after_s=2.0)
@@ -116,6 +121,21 @@ class ReplicaPool:
             return True
         del self._stale[replica.replica_id, version]
         return False
+
+    def _best(self, candidates: list[Replica], request: GenerateRequest) -> Replica:
+        """The reader of the longest prefix, unless it is much busier than the choice without that knowledge."""
+        if len(candidates) == 1:
+            return candidates[0]
+        choice = self._less_loaded(candidates)
+        keys = prefix_keys(request.version, request.messages)
+        by_id = {replica.replica_id: replica for replica in candidates}
+        most = self._in_flight[choice.replica_id] + IMBALANCE
+        for reader in self._prefixes.readers(keys):
+            if reader in by_id and self._in_flight[reader] <= most:
+                choice = by_id[reader]
+                break
+        self._prefixes.note(keys, choice.replica_id)
+        return choice
 
     def _less_loaded(self, candidates: list[Replica]) -> Replica:
         two = candidates if len(candidates) <= 2 else random.sample(candidates, 2)

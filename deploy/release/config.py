@@ -106,7 +106,7 @@ class CanaryConfig(_Table, frozen=True):
     # Verdicts of one user that count: one eager person is not a crowd.
     max_verdicts_per_user: int = 12
     # Seconds an undecided canary keeps its place when a newer version waits, and when none does.
-    hold_s: float = 20.0
+    hold_s: float = 45.0
     max_s: float = 3600.0
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from deploy.api import Api, ApiError
 from deploy.machine import free_port
 from deploy.simulate import session
+from deploy.supervisor import child_setup
 
 START_LIMIT_S = 180.0
 
@@ -28,7 +29,7 @@ async def running_stack(config: str = "deploy/local.toml") -> AsyncIterator[tupl
         env = os.environ | {"TIEBREAK_PORT": str(port), "TIEBREAK_STATE": state, "HF_HUB_OFFLINE": "1"}
         command = [sys.executable, "-m", "deploy.cli", "up", "--config", config]
         with Path(state, "up.log").open("wb") as log:
-            process = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT)
+            process = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, preexec_fn=child_setup())
         try:
             async with session() as http:
                 url = f"http://127.0.0.1:{port}"
