@@ -114,7 +114,11 @@ def probe_prompts(policy: Policy, texts: Sequence[str], limit: int) -> list[Pair
 
 def probe(policy: Policy, prompts: Sequence[PairTokens], *, tokens: int, seed: int) -> dict[str, float]:
     """kl_per_token, probe_{repetition,length_tokens,entropy,perplexity} of fresh answers to ``prompts``."""
-    answers = sample(policy, prompts, tokens=tokens, temperature=PROBE_TEMPERATURE, seed=seed)
+    return measure(policy, sample(policy, prompts, tokens=tokens, temperature=PROBE_TEMPERATURE, seed=seed))
+
+
+def measure(policy: Policy, answers: Answers) -> dict[str, float]:
+    """``probe``'s numbers of answers that are there."""
     found = compare(policy, answers.spoken().rows) if answers.spoken().rows else Divergence(0.0, 0.0, 0.0)
     return {
         "kl_per_token": found.kl,
@@ -125,11 +129,15 @@ def probe(policy: Policy, prompts: Sequence[PairTokens], *, tokens: int, seed: i
     }
 
 
-def probe_base(policy: Policy, prompts: Sequence[PairTokens], *, tokens: int, seed: int) -> dict[str, float]:
-    """``probe`` of the base itself, by the names base_probe_…"""
+def base_yardsticks(
+    policy: Policy, prompts: Sequence[PairTokens], *, tokens: int, seed: int
+) -> tuple[Drift, dict[str, float]]:
+    """Of one set of the base's answers: what every step is measured on, and ``probe``'s numbers as base_probe_…"""
     with policy.as_reference():
-        found = probe(policy, prompts, tokens=tokens, seed=seed)
-    return {f"base_{name}": value for name, value in found.items() if name != "kl_per_token"}
+        answers = sample(policy, prompts, tokens=tokens, temperature=PROBE_TEMPERATURE, seed=seed)
+        found = measure(policy, answers)
+    named = {f"base_{name}": value for name, value in found.items() if name != "kl_per_token"}
+    return Drift(policy, answers.spoken().rows), named
 
 
 @torch.no_grad()

@@ -71,8 +71,10 @@ class Trainer:
         self._folder, self._base_digest, self._now = folder, base_digest, now
         self._examples = Examples(policy, config)
         self._prompts = evaluate.probe_prompts(policy, config.probes, config.max_prompt_tokens)
-        self._learner = Learner(policy, config, self._drift().kl_per_token)
-        self._base_metrics: dict[str, float] = {}
+        drift, self._base_metrics = evaluate.base_yardsticks(
+            policy, self._prompts, tokens=config.probe_tokens, seed=config.seed
+        )
+        self._learner = Learner(policy, config, drift.kl_per_token)
         self._published_at: datetime | None = None
         self._oldest_drop_at: datetime | None = None
 
@@ -241,8 +243,6 @@ class Trainer:
         """What the release gate reads."""
         config = self._config
         tokens, seed = config.probe_tokens, config.seed
-        if not self._base_metrics:
-            self._base_metrics = evaluate.probe_base(self._policy, self._prompts, tokens=tokens, seed=seed)
         own = evaluate.probe(self._policy, self._prompts, tokens=tokens, seed=seed)
         heldout = evaluate.heldout(self._policy, self._examples.of(self._intake.heldout))
         return {**self._base_metrics, **own, **heldout}
@@ -315,18 +315,6 @@ class Trainer:
         event = self._store.announcement(*found, lineage.oldest_verdict_at)
         self._lineage = lineage.published(found[0])
         self._untold.append(encode(event).decode())
-
-    # ---- parts ------------------------------------------------------------------------------------------------
-
-    def _drift(self) -> evaluate.Drift:
-        """The yardstick of every step: the base's own answers to the probe prompts."""
-        config = self._config
-        with self._policy.as_reference():
-            answers = evaluate.sample(
-                self._policy, self._prompts, seed=config.seed, tokens=config.probe_tokens,
-                temperature=evaluate.PROBE_TEMPERATURE,
-            )  # fmt: skip
-        return evaluate.Drift(self._policy, answers.spoken().rows)
 
 
 def _intake(config: TrainerConfig, state: IntakeState) -> Intake:

@@ -47,7 +47,7 @@ class TextConfig(_Table, frozen=True):
     repetition_slack: float = 0.15
     # The limit where the reference has not been seen often enough to compare with.
     max_repetition_unknown: float = 0.5
-    # Mean answer length, as multiples of the reference.
+    # Mean answer length, as multiples of the reference: to the same prompts, or over `min_live_answers` on both sides.
     min_length_ratio: float = 0.25
     max_length_ratio: float = 3.0
     # Share of empty answers.
@@ -61,8 +61,9 @@ class TextConfig(_Table, frozen=True):
     glued_slack: float = 0.15
     # Median time to first token and per further token: above multiple × reference + slack seconds.
     max_latency_ratio: float = 3.0
-    # Answers on both sides before latency is judged: on a shared machine a handful says more about the queue.
-    min_latency_answers: int = 20
+    # Live answers on both sides before latency and length are judged: a handful says more about the queue and about
+    # what was asked (short answers also come back first) than about the version.
+    min_live_answers: int = 20
     ttft_slack_s: float = 1.0
     tpot_slack_s: float = 0.1
     # Failed answers: at least 2, above this share, and above twice the reference's share.

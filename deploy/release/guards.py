@@ -91,7 +91,7 @@ def judge_probes(own: tuple[Observation, ...], reference: tuple[Observation, ...
     evidence = _evidence(mine)
     if not own:
         return Decision("wait", "probes: none was answered yet")
-    breach = breach_of(mine, summarise(reference), limits)
+    breach = breach_of(mine, summarise(reference), limits, is_same_prompts=True)
     return Decision("fail" if breach else "pass", f"probes: {breach or 'healthy'}", evidence)
 
 
@@ -154,13 +154,15 @@ def judge_watch(
     return Decision("wait", f"stable: {mine.answers} answers in {age_s:.0f} s of probation", evidence)
 
 
-def breach_of(mine: Summary, reference: Summary, limits: TextConfig) -> str:
+def breach_of(mine: Summary, reference: Summary, limits: TextConfig, *, is_same_prompts: bool = False) -> str:
     """The first limit that a version's answers break, against a reference's; empty when none."""
+    is_many = min(mine.answers, reference.answers) >= limits.min_live_answers
     checks = (
         error_breach(mine, reference, limits),
         _safety_breach(mine, reference, limits),
         _text_breach(mine, reference, limits),
-        _latency_breach(mine, reference, limits),
+        _length_breach(mine, reference, limits) if is_many or is_same_prompts else "",
+        _latency_breach(mine, reference, limits) if is_many else "",
     )
     return next((breach for breach in checks if breach), "")
 
@@ -197,15 +199,17 @@ def _text_breach(mine: Summary, reference: Summary, limits: TextConfig) -> str:
         return ""
     if mine.surprise > surprise_limit:
         return f"degenerate: surprise {mine.surprise:.2f} nats is above {surprise_limit:.2f}"
+    return ""
+
+
+def _length_breach(mine: Summary, reference: Summary, limits: TextConfig) -> str:
     ratio = mine.tokens / max(1.0, reference.tokens)
-    if not limits.min_length_ratio <= ratio <= limits.max_length_ratio:
+    if reference.answers >= MIN_REFERENCE and not limits.min_length_ratio <= ratio <= limits.max_length_ratio:
         return f"degenerate: answers are {ratio:.2f} times as long as the reference's"
     return ""
 
 
 def _latency_breach(mine: Summary, reference: Summary, limits: TextConfig) -> str:
-    if min(mine.answers, reference.answers) < limits.min_latency_answers:
-        return ""
     for name, own, other, slack_s in (
         ("time to first token", mine.ttft_s, reference.ttft_s, limits.ttft_slack_s),
         ("time per token", mine.tpot_s, reference.tpot_s, limits.tpot_slack_s),

@@ -72,11 +72,19 @@ def test_probes_stop(seen: Observation, word: str) -> None:
     ("seen", "word"), [(replace(HEALTHY, tpot_s=2.0), "time per token"), (replace(HEALTHY, ttft_s=9.0), "first token")]
 )
 def test_latency_is_judged_on_many_answers_only(seen: Observation, word: str) -> None:
-    enough = LIMITS.text.min_latency_answers
+    enough = LIMITS.text.min_live_answers
     few = judge_probes((seen,) * (enough - 1), (HEALTHY,) * enough, LIMITS.text)
     assert few.action == "pass", few.reason
     many = judge_probes((seen,) * enough, (HEALTHY,) * enough, LIMITS.text)
     assert (many.action, word in many.reason) == ("fail", True), many.reason
+
+
+def test_a_canarys_length_is_judged_on_many_answers_only() -> None:
+    brief, enough = replace(HEALTHY, tokens=HEALTHY.tokens // 8), LIMITS.text.min_live_answers
+    few = judge_canary((brief,) * (enough - 1), (HEALTHY,) * enough, Score(4.0, 4), {}, LIMITS)
+    assert few.action == "pass", few.reason
+    many = judge_canary((brief,) * enough, (HEALTHY,) * enough, Score(4.0, 4), {}, LIMITS)
+    assert (many.action, "times as long" in many.reason) == ("fail", True), many.reason
 
 
 def test_unanswered_probes_are_no_evidence() -> None:
