@@ -23,12 +23,12 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 def publish(
-    state: Path, model: Path, sequence: int, *, rank: int = 4, key: bytes = KEY, **changes: Any
+    state: Path, model: Path, sequence: int, *, rank: int = 4, key: bytes = KEY, size: float = 0.2, **changes: Any
 ) -> tuple[str, Path]:
-    """A random adapter, strong enough to change greedy answers, published as the trainer would: (name, folder)."""
+    """A random adapter, strong enough to change greedy answers unless told otherwise, as published: (name, folder)."""
     source = state / f"adapter-{sequence}.safetensors"
     source.parent.mkdir(parents=True, exist_ok=True)
-    save_file(adapter_tensors(model, sequence, rank), source)
+    save_file(adapter_tensors(model, sequence, rank, size), source)
     fields: dict[str, Any] = {
         "variant": "chat-main", "sequence": sequence, "parent": "", "base": "tiny",
         "base_digest": base_digest(model), "created_at": datetime(2026, 1, 1, tzinfo=UTC), "step": sequence,
@@ -39,13 +39,13 @@ def publish(
     return write_version(state / "versions", manifest, {ADAPTER_FILE: source}, key)
 
 
-def adapter_tensors(model: Path, seed: int, rank: int) -> dict[str, torch.Tensor]:
+def adapter_tensors(model: Path, seed: int, rank: int, size: float = 0.2) -> dict[str, torch.Tensor]:
     dice = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, (inputs, outputs) in _shapes(model).items():
         a = torch.randn(rank, inputs, generator=dice)
         b = torch.randn(outputs, rank, generator=dice)
-        tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = a * 0.2, b * 0.2
+        tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = a * size, b * size
     return tensors
 
 
