@@ -60,13 +60,13 @@ class TrainerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     weight_decay: float = 0.0
     # Nats a token (probe prompts, whole vocabulary) that the policy may be away from the base. Past it the adapter
     # is shrunk back: what is learned keeps its direction, and text stays language. 0: no limit.
-    kl_budget: float = 0.2
+    kl_budget: float = 0.12
 
     # A step is taken on this many new verdicts, or on fewer once the oldest has waited flush_s seconds.
     batch_pairs: int = 8
     flush_s: float = 4.0
     # Earlier verdicts beside the new ones in each step, drawn from the last replay_window.
-    replay_pairs: int = 8
+    replay_pairs: int = 4
     replay_window: int = 128
     # Verdicts of one user in one step; the others wait for the next (one eager person is not a crowd).
     max_pairs_per_user: int = 4

@@ -33,7 +33,7 @@ from tests.bench.client import running_stack
 IDLE_CLICKS = 200
 VERDICTS = 160
 USERS = 6
-BACKGROUND_REQUESTS = 1000
+BACKGROUND_REQUESTS, BACKGROUND_USERS = 1000, 4
 LIVE_LIMIT_S = 240.0
 
 
@@ -167,7 +167,7 @@ async def run(persona: str, seed: int, *, is_first: bool) -> dict[str, Any]:
     async with running_stack() as (api, state, url), session() as http:
         idle = await idle_clicks(api) if is_first else []
         traffic = Background()
-        asking = [traffic.ask_until_done(http, url, random.Random(i)) for i in range(2)] if is_first else []
+        asking = [traffic.ask_until_done(http, url, random.Random(i)) for i in range(BACKGROUND_USERS)] if is_first else []
         tasks = [asyncio.create_task(ask) for ask in asking]
         clicks = await give_clicks(api, persona, Clicks(VERDICTS), users=USERS, seed=seed)
         live, ends = await click_to_live(api, clicks.preference_ids)
