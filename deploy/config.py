@@ -33,8 +33,8 @@ class StackConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     # Threads that one process may compute with. More than there are cores makes all of them slower.
     serving_threads: int = 2
     trainer_threads: int = 2
-    # Niceness of the trainer: answers go first, training takes what is left.
-    trainer_nice: int = 5
+    # Niceness of what nobody waits for (trainer, recorder, release controller): answers and clicks go first.
+    background_nice: int = 5
     # Seconds until every process must have announced that it serves, and those a process has to stop.
     ready_timeout_s: float = 180.0
     stop_timeout_s: float = 20.0

@@ -21,6 +21,7 @@ MODULES = {
     "release": "deploy.release",
     "trainer": "online_trainer",
 }
+BACKGROUND = {"recorder", "release", "trainer"}  # nobody waits for them
 
 
 def programs(deployment: Deployment) -> list[Program]:
@@ -36,7 +37,7 @@ def programs(deployment: Deployment) -> list[Program]:
                 (sys.executable, "-m", module, "--config", str(deployment.config_path)),
                 is_ready=lambda pid, ready=ready: _announced(ready, pid),  # type: ignore[misc]
                 environ=_environ(threads.get(name, 1)),
-                nice=stack.trainer_nice if name == "trainer" else 0,
+                nice=stack.background_nice if name in BACKGROUND else 0,
                 before_start=lambda ready=ready: ready.unlink(missing_ok=True),  # type: ignore[misc]
             )
         )

@@ -30,7 +30,7 @@ from telemetry.text import repetition_ratio, words
 from tests.bench import record
 from tests.bench.client import running_stack
 
-IDLE_CLICKS = 200
+IDLE_CLICKS, READING_S = 200, 0.3
 VERDICTS = 160
 USERS = 6
 BACKGROUND_REQUESTS, BACKGROUND_USERS = 1000, 4
@@ -71,13 +71,14 @@ class Background:
 
 
 async def idle_clicks(api: Api) -> list[float]:
-    """Seconds from click to acknowledgement; ``skip`` teaches nothing, so the trainer stays idle."""
+    """Seconds from click to acknowledgement, ``READING_S`` after the pair came; ``skip`` teaches nothing: no training."""
     seconds = []
     for index in range(IDLE_CLICKS):
         user = f"idle-{index}"
         await api.consent(user)
         prompt = TRAINING_PROMPTS[index % len(TRAINING_PROMPTS)]
         pair = await api.ask(prompt, user=user, pair="always", max_tokens=2)
+        await asyncio.sleep(READING_S)
         start = time.perf_counter()
         await api.click(pair, "skip")
         seconds.append(time.perf_counter() - start)
@@ -167,7 +168,9 @@ async def run(persona: str, seed: int, *, is_first: bool) -> dict[str, Any]:
     async with running_stack() as (api, state, url), session() as http:
         idle = await idle_clicks(api) if is_first else []
         traffic = Background()
-        asking = [traffic.ask_until_done(http, url, random.Random(i)) for i in range(BACKGROUND_USERS)] if is_first else []
+        asking = (
+            [traffic.ask_until_done(http, url, random.Random(i)) for i in range(BACKGROUND_USERS)] if is_first else []
+        )
         tasks = [asyncio.create_task(ask) for ask in asking]
         clicks = await give_clicks(api, persona, Clicks(VERDICTS), users=USERS, seed=seed)
         live, ends = await click_to_live(api, clicks.preference_ids)
