@@ -71,7 +71,7 @@ class Background:
 
 
 async def idle_clicks(api: Api) -> list[float]:
-    """Seconds from click to acknowledgement, ``READING_S`` after the pair came; ``skip`` teaches nothing: no training."""
+    """Seconds from click to acknowledgement, ``READING_S`` after the pair came. ``skip`` teaches nothing."""
     seconds = []
     for index in range(IDLE_CLICKS):
         user = f"idle-{index}"
