@@ -6,7 +6,7 @@
 #   make check   format, lint, strict types, import directions
 #   make bench   every figure of the README, measured here
 
-.PHONY: help setup up test demo check bench bench-% pictures lock clean
+.PHONY: help setup up test demo check bench bench-serving pictures lock clean
 .DEFAULT_GOAL := help
 
 PYTHON := .venv/bin/python
@@ -51,6 +51,8 @@ bench: setup
 	@set -e; for bench in tests/bench/bench_*.py; do \
 	  name=$${bench##*/}; $(PYTHON) -m tests.bench.$${name%.py}; done
 	$(PYTHON) -m tests.bench.record
+
+bench-serving: bench-gateway bench-engine
 
 bench-%: setup
 	$(PYTHON) -m tests.bench.bench_$*
