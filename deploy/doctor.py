@@ -14,6 +14,7 @@ import msgspec
 from deploy import machine
 from deploy.config import Deployment, load, model_cache
 from deploy.status import read_status
+from router.admission import is_loopback
 from telemetry.configuration import InvalidConfiguration
 
 PACKAGES = ("ray", "torch", "transformers", "redis", "kafka-python", "deltalake", "msgspec")
@@ -100,7 +101,7 @@ def _address(deployment: Deployment) -> Iterator[Finding]:
         yield Finding(
             "port", "fail", f"{stack.host}:{stack.port} is in use", f"stop its user, or TIEBREAK_PORT={stack.port + 1}"
         )
-    if not deployment.has_keys and not machine.is_loopback(stack.host):
+    if not deployment.has_keys and not is_loopback(stack.host):
         yield Finding("access", "fail", f"open to all on {stack.host}", "set [router] key_file, or a loopback host")
     else:
         yield Finding("access", "ok", "keys are asked for" if deployment.has_keys else "open, on loopback only")

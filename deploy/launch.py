@@ -24,6 +24,7 @@ from deploy.models import ModelUnavailable, prepare_model
 from deploy.programs import programs
 from deploy.status import ProcessStatus, StackStatus, fetch, read_ready, write_status
 from deploy.supervisor import Child, Supervisor
+from router.admission import is_loopback
 from telemetry.configuration import InvalidConfiguration
 from telemetry.events import utc_now
 
@@ -38,7 +39,7 @@ class CannotStart(RuntimeError):
 def check(deployment: Deployment) -> None:
     """Everything that would stop the stack later; raises CannotStart at the first that does."""
     stack, state = deployment.stack, deployment.state
-    if not deployment.has_keys and not machine.is_loopback(stack.host):
+    if not deployment.has_keys and not is_loopback(stack.host):
         raise CannotStart(
             f"{stack.host} is not loopback and there are no keys: anybody could use and train the model. "
             'Set [stack] host = "127.0.0.1", or [router] key_file.'

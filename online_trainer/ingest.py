@@ -16,7 +16,7 @@ import msgspec
 from telemetry.event_log import Entry, Offsets
 from telemetry.events import Completion, Message, PreferenceRecorded, PreferenceRetracted
 
-Reason = Literal["no_preference", "identical", "empty", "held_out", "retracted"]
+Reason = Literal["no_preference", "identical", "empty", "unsafe", "held_out", "retracted", "refused"]
 MAX_TRIES = 2  # a verdict that was in two refused lineages may be what is wrong with them
 SEEN_IDS = 5_000  # deduplication reaches back this far; a router's outbox replays seconds, not days
 
@@ -64,6 +64,8 @@ def reason_to_drop(event: PreferenceRecorded, heldout_ratio: float) -> Reason | 
         return "identical"
     if not event.chosen.text.strip() or not event.rejected.text.strip():
         return "empty"
+    if event.chosen.finish_reason == "content_filter":  # nobody is taught to say what the filter stopped
+        return "unsafe"
     return "held_out" if is_held_out(event.prompt, heldout_ratio) else None
 
 
@@ -155,12 +157,13 @@ class Intake:
         self.pending = [verdict for verdict in self.pending if verdict.preference_id not in ids]
 
     def unlearned(self, preference_ids: Iterable[str]) -> None:
-        """The weights that had learned these are gone: those at hand wait again, unless they had two chances."""
-        lost = set(preference_ids)
+        """The weights that had learned these are gone: they wait again, or are dropped after two chances."""
+        lost = dict.fromkeys(preference_ids)
         again = [v for v in self.replay if v.preference_id in lost and v.tries < MAX_TRIES]
         self.pending = [*again, *self.pending]
-        waiting = {verdict.preference_id for verdict in again}
-        self.replay = [verdict for verdict in self.replay if verdict.preference_id not in waiting]
+        waiting = {verdict.preference_id for verdict in (*again, *self.pending)}
+        self.replay = [verdict for verdict in self.replay if verdict.preference_id not in lost]
+        self.dropped += [(name, "refused") for name in lost if name not in waiting]
 
 
 def _verdict(event: PreferenceRecorded) -> Verdict:

@@ -208,7 +208,7 @@ def native_dtype() -> torch.dtype:
     """bfloat16 where this machine multiplies it natively, else float32 (emulated bf16 is up to 30 times slower)."""
     if torch.cuda.is_available():
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
 
 
 def load_model(folder: Path, dtype: str) -> tuple[nn.Module, Tokenizer]:

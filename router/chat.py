@@ -209,6 +209,8 @@ class Chat:
         if failed and len(failed) == len(exchange.shown):
             yield ready + stream.failure() + DONE
             return
+        if failed and not exchange.is_pair and (pieces := exchange.failed_pieces()):
+            ready += event(exchange.chunk(pieces))
         usage = event(exchange.usage_chunk()) if exchange.request.includes_usage else b""
         yield ready + usage + DONE
 

@@ -15,7 +15,7 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from router.arms import Arm
-from router.errors import DeadlineExceeded, RouterError, UpstreamFailed
+from router.errors import DeadlineExceeded, RouterError, Unavailable, UpstreamFailed
 from router.schema import (
     AssistantMessage,
     CachedTokens,
@@ -87,7 +87,7 @@ class Answer:
             return
         self.last = chunk
         if chunk.finish_reason == "cancelled":
-            self.fail(DeadlineExceeded(), now_s)
+            self.fail(_shutting_down() if chunk.error == "shutting_down" else DeadlineExceeded(), now_s)
         elif chunk.finish_reason == "error":
             self.fail(UpstreamFailed("The model failed while it answered.", code=chunk.error or "engine_error"), now_s)
         else:
@@ -115,7 +115,7 @@ class Answer:
             variant=self.arm.variant,
             version=self.arm.version,
             channel=self.arm.channel,
-            finish_reason=self.finish_reason,
+            finish_reason=self.client_finish_reason(),
             prompt_tokens=self.last.prompt_tokens,
             completion_tokens=self.last.completion_tokens,
             ttft_s=max(0.0, self.first_s - self.started_s) if self.has_started else 0.0,
@@ -278,6 +278,10 @@ class Exchange:
         if not self.request.logprobs:
             return None
         return ChoiceLogprobs(tuple(_logprob(token) for token in tokens))
+
+
+def _shutting_down() -> RouterError:
+    return Unavailable("The replica is shutting down.", code="shutting_down", retry_after_s=1.0)
 
 
 def _logprob(token: TokenLogprob) -> LogprobOut:

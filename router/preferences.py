@@ -189,7 +189,7 @@ def _check(claim: Claim, body: VerdictRequest, caller: Caller) -> None:
     if claim.caller != caller.name:
         raise Forbidden("This pair was asked for with another key.", code="not_your_pair")
     if claim.choice != body.choice:
-        message = "This pair has another verdict already; DELETE /v1/preferences/{id} takes it back."
+        message = "This pair has its verdict, and it is another one: a verdict cannot be changed."
         raise Conflict(message, code="verdict_conflict", param="choice")
 
 

@@ -24,6 +24,7 @@ from telemetry.metrics import REPLICAS_READY
 from telemetry.routing import REPLICAS_KEY, ROUTING_KEY, Replica, ReplicaTable, RoutingTable, decode_routing
 
 log = logging.getLogger(__name__)
+LINGER_S = 2.0  # an unwanted version stays this long: routers that have not read the new table yet still ask for it
 RETRY_S = 10.0  # a version that a replica refused is offered again after this
 STATUS_S = 2.0
 LOAD_S = 120.0
@@ -76,7 +77,17 @@ def replica_record(url: str, status: ReplicaStatus, *, is_ready: bool) -> Replic
 class Fleet:
     """Keeps the replicas of ``bases`` (name → how many) at what the routing table wants."""
 
-    def __init__(self, bases: Mapping[str, int], urls: Urls, redis: Redis, session: aiohttp.ClientSession) -> None:
+    def __init__(
+        self,
+        bases: Mapping[str, int],
+        urls: Urls,
+        redis: Redis,
+        session: aiohttp.ClientSession,
+        *,
+        linger_s: float = LINGER_S,
+    ) -> None:
+        self._linger_s = linger_s
+        self._unwanted: dict[tuple[str, str], float] = {}  # (url, version) → since when nobody wants it there
         self._bases, self._urls, self._redis, self._session = bases, urls, redis, session
         self._routing = RoutingTable(0, {})
         self._known: dict[str, list[str]] = {base: [] for base in bases}
@@ -168,8 +179,13 @@ class Fleet:
         return status
 
     def _begin(self, url: str, steps: list[Step]) -> None:
+        now_s = time.monotonic()
+        unwanted = {(url, step.version) for step in steps if step.verb == "DELETE"}
+        self._unwanted = {key: at for key, at in self._unwanted.items() if key[0] != url or key in unwanted}
         for step in steps:
             key = (url, step.version)
+            if step.verb == "DELETE" and now_s - self._unwanted.setdefault(key, now_s) < self._linger_s:
+                continue
             if key not in self._tasks and self._refused.get(key, 0.0) < time.monotonic():
                 task = asyncio.create_task(self._carry_out(url, step))
                 self._tasks[key] = task

@@ -75,6 +75,13 @@ def frame(entry: Spooled) -> bytes:
     return FRAME.pack(len(body), zlib.crc32(body)) + body
 
 
+def _write_all(file: IO[bytes], content: bytes) -> None:
+    """An unbuffered file may take less than it is given: on a disk that is nearly full, say."""
+    left = memoryview(content)
+    while left:
+        left = left[file.write(left) :]
+
+
 class Segments:
     """The folder of segment files, oldest first. A segment is only ever appended to by the process that made it."""
 
@@ -102,8 +109,12 @@ class Segments:
                 self._number += 1
                 self._file = (self._folder / f"{self._number:012d}.segment").open("xb", buffering=0)
                 self._sync_folder()
-            self._file.write(frames)
-            os.fsync(self._file.fileno())
+            try:
+                _write_all(self._file, frames)
+                os.fsync(self._file.fileno())
+            except OSError:
+                self._roll()  # whatever comes next goes into a new segment, never behind a torn entry
+                raise
             if self._file.tell() > SEGMENT_BYTES:
                 self._roll()
 
@@ -232,10 +243,14 @@ class OutboxLog:
         while not self._is_closing:
             path = self._segments.oldest()
             if path is not None:
-                self._send(list(read_segment(path)))
+                entries = list(read_segment(path))
+                self._send(entries)
                 if self._is_closing:
                     return
-                path.unlink()
+                if sum(len(frame(entry)) for entry in entries) == path.stat().st_size:
+                    path.unlink()
+                else:
+                    path.rename(path.with_suffix(".torn"))  # kept, for whoever wants to know what was behind the tear
                 continue
             with self._lock:
                 if self._is_spooling and not self._unwritten and not self._segments.paths():

@@ -40,6 +40,7 @@ log = logging.getLogger(__name__)
 TOPICS = (COMPLETIONS, PREFERENCES, VERSIONS)
 EVIDENCE_TOPICS = (COMPLETIONS, PREFERENCES)
 ANNOUNCE_S = 10.0
+SEEN_EVENTS = 8192  # remembered while this process leads: a repeated append comes soon after the first
 SAVE_EVERY_S = 1.0  # evidence alone is saved no more often: it can be read again
 AWAY = (redis.RedisError, LogUnavailable, LeaseLost, TimeoutError)
 
@@ -66,6 +67,7 @@ class Controller:
         self._written: Saved | None = None  # as it lies in Redis
         self._written_at_s = 0.0
         self._reader: Reader | None = None
+        self._seen: dict[str, None] = {}  # ids of the latest events, oldest first
         self._revision = 0  # the highest that this process has published
 
     def run(self, stop: threading.Event, on_ready: Callable[[], None]) -> None:
@@ -91,7 +93,7 @@ class Controller:
         saved, reader = self._resume()
         entries = reader.poll(max_entries=500, timeout_s=0.0)
         commands = self._store.commands()
-        told = [event for entry in entries if (event := _read(entry))]
+        told = [event for entry in entries if (event := _read(entry)) and self._is_new(event.event_id)]
         for event in told:
             report.count(event)
         inputs = [item for event in told if (item := inputs_of(event))]
@@ -102,6 +104,15 @@ class Controller:
         saved = replace(saved, variants=variants, offsets=_after(saved.offsets, entries))
         self._commit(saved, changes, commands_taken=len(commands))
         self._ask(variants, worlds)
+        return True
+
+    def _is_new(self, event_id: str) -> bool:
+        """False for an event that was read before: whoever was not sure that an append arrived has appended again."""
+        if event_id in self._seen:
+            return False
+        self._seen[event_id] = None
+        if len(self._seen) > SEEN_EVENTS:
+            del self._seen[next(iter(self._seen))]
         return True
 
     def close(self) -> None:
@@ -211,6 +222,7 @@ class Controller:
         if self._reader is not None:
             self._reader.close()
         self._saved, self._written, self._reader = None, None, None
+        self._seen.clear()  # what was read since the last save is read again
 
 
 def reconcile(

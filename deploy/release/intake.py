@@ -19,6 +19,8 @@ from telemetry.events import (
 from telemetry.routing import ReplicaTable
 
 LIVE_CHANNELS = ("stable", "canary")  # what users got; pinned answers and probes prove nothing about traffic
+# what weights can do to an engine; every other error of an answer is the client's, the load's or the machine's
+OWN_ERRORS = ("engine_error", "engine_failed", "not_finite", "version_mismatch")
 
 
 class InvalidCommand(ValueError):
@@ -42,12 +44,17 @@ def inputs_of(event: AnyEvent) -> tuple[str, Input] | None:
             return event.variant, Published(_candidate(event))
         case BatchTrained():
             return event.variant, Stepped(event.traces)
-        case CompletionServed() if event.channel in LIVE_CHANNELS and event.finish_reason != "cancelled":
+        case CompletionServed() if event.channel in LIVE_CHANNELS and _is_the_versions_own(event):
             return event.variant, Served(event.version, observe(event))
         case PreferenceRecorded() if event.outcome != "skip":
             return _judged(event)
         case _:
             return None
+
+
+def _is_the_versions_own(event: CompletionServed) -> bool:
+    """Whether an answer says something about its version: a client's mistake or a replica's death does not."""
+    return event.finish_reason != "cancelled" and event.error in ("", *OWN_ERRORS)
 
 
 def ready_versions(table: ReplicaTable | None, base: str, now_s: float, stale_s: float) -> frozenset[str] | None:

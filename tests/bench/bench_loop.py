@@ -86,7 +86,7 @@ async def idle_clicks(api: Api) -> list[float]:
 
 
 async def click_to_live(api: Api, ids: list[str]) -> tuple[list[float], Counter[str]]:
-    """Seconds from accepted to live for every verdict that was trained on, and how each verdict ended."""
+    """Seconds from accepted to live for every verdict that was not dropped (inf: not live at the end), and the ends."""
     deadline = time.monotonic() + LIVE_LIMIT_S
     while True:
         times = [_stages(await api.receipt(preference_id)) for preference_id in ids]
@@ -95,7 +95,8 @@ async def click_to_live(api: Api, ids: list[str]) -> tuple[list[float], Counter[
             break
         await asyncio.sleep(2.0)
     ends = Counter("live" if "live" in t else "dropped" if "dropped" in t else "waiting" for t in times)
-    return [(t["live"] - t["accepted"]).total_seconds() for t in times if "live" in t], ends
+    kept = [t for t in times if "dropped" not in t]
+    return [(t["live"] - t["accepted"]).total_seconds() if "live" in t else float("inf") for t in kept], ends
 
 
 def _stages(receipt: dict[str, Any]) -> dict[str, datetime]:

@@ -86,7 +86,8 @@ def test_verdicts_of_refused_weights_wait_again_before_all_others_but_not_for_ev
         found.unlearned(["preference-0", "preference-1"])
     waiting = [v.preference_id for v in found.pending]
     assert waiting == ["preference-2"]  # the first two had their second chance
-    assert [v.preference_id for v in found.replay] == ["preference-0", "preference-1"]
+    assert not found.replay  # nor are they seen again as earlier verdicts
+    assert found.dropped == [("preference-0", "refused"), ("preference-1", "refused")]
 
 
 def test_a_first_loss_puts_verdicts_back_in_front() -> None:
@@ -97,6 +98,7 @@ def test_a_first_loss_puts_verdicts_back_in_front() -> None:
     found.unlearned(["preference-0", "preference-1", "unknown"])
     assert [v.preference_id for v in found.pending] == ["preference-0", "preference-1", "preference-2"]
     assert not found.replay
+    assert found.dropped == [("unknown", "refused")]  # no longer at hand
 
 
 def test_another_policys_verdicts_are_another_trainers_affair() -> None:
