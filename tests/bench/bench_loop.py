@@ -194,17 +194,22 @@ async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--personas", nargs="+", default=list(HELD_OUT), choices=list(PERSONAS))
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument(
+        "--further", action="store_true", help="add personas to what was measured: no idle clicks, no traffic"
+    )
     arguments = parser.parse_args()
-    rows = []
+    rows = record.rows("loop") if arguments.further else []
     for number, persona in enumerate(arguments.personas):
-        result = await run(persona, arguments.seed, is_first=number == 0)
-        rows += rows_of(persona, result)
-        if number == 0:
+        is_first = number == 0 and not arguments.further
+        result = await run(persona, arguments.seed, is_first=is_first)
+        rows += rows_of(persona, result, is_first=is_first)
+        if is_first:
             rows += traffic_rows(result)
         record.save("loop", "make bench-loop", rows)
 
 
-def rows_of(persona: str, result: dict[str, Any]) -> list[dict[str, Any]]:
+def rows_of(persona: str, result: dict[str, Any], *, is_first: bool) -> list[dict[str, Any]]:
+    whose = f"{persona}, beside {BACKGROUND_REQUESTS} other requests" if is_first else persona
     worst = max(result["language"].values())
     return [
         record.row(
@@ -226,7 +231,7 @@ def rows_of(persona: str, result: dict[str, Any]) -> list[dict[str, Any]]:
             **result["language"],
         ),
         record.row(
-            f"click → version live, median, {persona}",
+            f"click → version live, median, {whose}",
             statistics.median(result["live"]) if result["live"] else float("inf"),
             "s",
             bar=60.0,

@@ -51,6 +51,12 @@ def save(bench: str, command: str, rows: list[dict[str, Any]]) -> None:
         print(json.dumps(line))
 
 
+def rows(bench: str) -> list[dict[str, Any]]:
+    """What was saved for ``bench``."""
+    found: list[dict[str, Any]] = json.loads((RESULTS / f"{bench}.json").read_text())["rows"]
+    return found
+
+
 def table() -> str:
     """The README's table of every figure in ``results``."""
     lines = ["| what | measured | bar | holds | command |", "|---|---|---|---|---|"]

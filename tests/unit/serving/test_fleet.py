@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from serving.fleet import Step, steps_for, wanted_versions
+import asyncio
+
+import aiohttp
+import pytest
+from redis.asyncio import Redis
+
+from serving.fleet import LINGER_S, Fleet, Step, steps_for, wanted_versions
 from serving.wire import ReplicaStatus
 from telemetry.routing import RoutingTable, VariantRoute
 
@@ -52,3 +58,37 @@ def test_nothing_is_loaded_into_a_full_replica() -> None:
 def test_a_restarted_replica_gets_everything_back() -> None:
     verbs = [step.verb + step.version for step in steps_for({"v1": "main", "v2": "main"}, status())]
     assert verbs == ["PUTv1", "PUTv2"]
+
+
+async def test_an_unwanted_version_stays_until_every_router_has_read_the_new_table(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now_s = 100.0
+    monkeypatch.setattr("serving.fleet.time.monotonic", lambda: now_s)
+    begun: list[Step] = []
+
+    async def carry_out(_: Fleet, url: str, step: Step) -> None:
+        begun.append(step)
+
+    monkeypatch.setattr(Fleet, "_carry_out", carry_out)
+    async with aiohttp.ClientSession() as session:
+        fleet = Fleet({}, _nowhere, Redis(), session)
+        unload, load = steps_for({"v2": "main"}, status("v1"))
+
+        async def look(*steps: Step) -> list[str]:
+            begun.clear()
+            fleet._begin("http://r1", list(steps))
+            await asyncio.sleep(0)
+            return [step.verb + step.version for step in begun]
+
+        assert await look(unload, load) == ["PUTv2"]
+        now_s += LINGER_S - 0.1
+        assert await look(unload) == []
+        assert await look() == []  # wanted again: the time starts anew
+        assert await look(unload) == []
+        now_s += LINGER_S
+        assert await look(unload) == ["DELETEv1"]
+
+
+async def _nowhere(_: str) -> list[str]:
+    return []

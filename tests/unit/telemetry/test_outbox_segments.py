@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from telemetry.outbox import Segments, Spooled, frame, read_segment
+from telemetry.outbox import Segments, Spooled, _write_all, frame, read_segment
 
 ENTRIES = [Spooled("topic", f"key-{n}", bytes([n]) * n) for n in range(5)]
 CONTENT = b"".join(frame(entry) for entry in ENTRIES)
@@ -63,3 +65,32 @@ def test_a_new_owner_never_appends_to_an_old_segment(tmp_path: Path) -> None:
 
     assert [list(read_segment(path)) for path in second.paths()] == [ENTRIES[:1], ENTRIES[1:2]]
     second.close()
+
+
+def test_nothing_is_written_behind_a_write_that_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    segments = Segments(tmp_path)
+    segments.write(frame(ENTRIES[0]))
+    with monkeypatch.context() as patch:
+        patch.setattr("telemetry.outbox.os.fsync", _no_space)
+        with pytest.raises(OSError, match="no space"):
+            segments.write(frame(ENTRIES[1])[:-3])
+    segments.write(frame(ENTRIES[2]))
+
+    torn, following = segments.paths()
+    assert list(read_segment(torn)) == ENTRIES[:1]
+    assert list(read_segment(following)) == ENTRIES[2:3]
+    segments.close()
+
+
+def test_a_file_that_takes_a_few_bytes_at_a_time_gets_them_all() -> None:
+    class Slow(io.BytesIO):
+        def write(self, content: Any) -> int:
+            return super().write(bytes(content[:7]))
+
+    file = Slow()
+    _write_all(file, CONTENT)
+    assert file.getvalue() == CONTENT
+
+
+def _no_space(_: int) -> None:
+    raise OSError("no space left on device")

@@ -1,0 +1,37 @@
+"""Which events are evidence about a version, and which are not."""
+
+from __future__ import annotations
+
+import pytest
+
+from deploy.release.intake import OWN_ERRORS, inputs_of
+from deploy.release.state import Served
+from telemetry.events import Channel, CompletionServed
+
+
+def served(error: str, *, channel: Channel = "stable", finish_reason: str = "error") -> CompletionServed:
+    return CompletionServed(
+        completion_id="c", request_id="r", policy="chat", variant="main", version="v1", channel=channel, pair_id="",
+        finish_reason=finish_reason, error=error, prompt_tokens=1, completion_tokens=0, ttft_s=0.0, duration_s=0.1,
+        repetition_ratio=0.0, mean_logp=0.0, is_unsafe=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("error", OWN_ERRORS)
+def test_what_weights_can_do_counts_against_the_version(error: str) -> None:
+    found = inputs_of(served(error))
+    assert found is not None
+    assert isinstance(found[1], Served)
+    assert found[1].seen.is_error
+
+
+@pytest.mark.parametrize("error", ["context_length_exceeded", "invalid_request", "overloaded", "no_replica",
+                                   "upstream_failed", "deadline_exceeded", "shutting_down"])  # fmt: skip
+def test_a_clients_mistake_and_a_dead_replica_say_nothing_about_the_version(error: str) -> None:
+    assert inputs_of(served(error)) is None
+
+
+def test_pinned_answers_and_cancelled_ones_are_no_evidence() -> None:
+    assert inputs_of(served("", channel="pinned", finish_reason="stop")) is None
+    assert inputs_of(served("", finish_reason="cancelled")) is None
+    assert inputs_of(served("", finish_reason="stop")) is not None
