@@ -65,10 +65,15 @@ def table() -> str:
         for item in document["rows"]:
             sign = "≥" if item["better"] == "higher" else "≤"
             holds = "yes" if item["holds"] else "**no**"
-            value = f"{item['value']:g} {item['unit']}".strip()
-            bar = f"{sign} {item['bar']:g} {item['unit']}".strip()
+            value = f"{_short(item['value'])} {item['unit']}".strip()
+            bar = f"{sign} {_short(item['bar'])} {item['unit']}".strip()
             lines.append(f"| {item['name']} | {value} | {bar} | {holds} | `{document['command']}` |")
     return "\n".join(lines) + "\n"
+
+
+def _short(value: float) -> str:
+    """Three digits that matter."""
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
 
 
 def _cpu() -> str:
