@@ -15,17 +15,21 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
 from functools import partial
 from pathlib import Path
 
 import aiohttp
+import msgspec
+from redis.exceptions import RedisError
 
 from serving.config import ServingConfig
 from telemetry import logs
-from telemetry.config import TelemetryConfig, redis_client_async
+from telemetry.config import TelemetryConfig, redis_client, redis_client_async
 from telemetry.configuration import InvalidConfiguration, read_table
 from telemetry.metrics import expose
 from telemetry.process import announce_ready
+from telemetry.routing import REPLICAS_KEY, ReplicaTable
 
 log = logging.getLogger("serving")
 DRAIN_S = 15.0  # answers under way may finish; the router has stopped sending by then
@@ -75,6 +79,8 @@ def _serve(config: ServingConfig, telemetry: TelemetryConfig, temp: Path) -> Non
     from serving import app  # after the environment: Ray reads it when it is imported
 
     try:
+        if not config.ray_address:
+            _forget_replicas(telemetry)
         app.start_ray(config, temp)
         _exit_on_sigterm()
         app.start_serve(config)
@@ -85,6 +91,15 @@ def _serve(config: ServingConfig, telemetry: TelemetryConfig, temp: Path) -> Non
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         app.stop_serve(config)
+
+
+def _forget_replicas(telemetry: TelemetryConfig) -> None:
+    """The last run's replicas died with its Ray: nobody shall take their table for the present one."""
+    try:
+        with redis_client(telemetry) as client:
+            client.set(REPLICAS_KEY, msgspec.json.encode(ReplicaTable(time.time(), ())))
+    except (RedisError, OSError) as error:
+        log.warning("the last replica table stays: %s", error, extra={"action": "replicas_not_forgotten"})
 
 
 class Stopped(SystemExit):

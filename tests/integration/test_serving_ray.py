@@ -19,13 +19,16 @@ import pytest
 import redis
 import tomli_w
 
+from serving.__main__ import _forget_replicas
 from serving.wire import Chunk
+from telemetry.config import TelemetryConfig
 from telemetry.manifest import base_digest, base_version
 from telemetry.process import signing_key
 from telemetry.routing import (
     REPLICAS_KEY,
     ROUTING_KEY,
     Replica,
+    ReplicaTable,
     RoutingTable,
     VariantRoute,
     decode_replicas,
@@ -145,3 +148,13 @@ def test_sigterm_stops_everything_that_was_started(serving: Serving) -> None:
     assert serving.process.wait(60) == 0
     _, alive = psutil.wait_procs(tree, timeout=10)
     assert alive == []
+
+
+def test_a_new_start_forgets_the_replicas_of_the_last_one(telemetry_config: TelemetryConfig) -> None:
+    dead = Replica("r0", "tiny", "http://127.0.0.1:9", True, ("v000000-1a2b3c4d",), 0, 4)
+    with redis.Redis.from_url(telemetry_config.redis_address) as client:
+        client.set(REPLICAS_KEY, msgspec.json.encode(ReplicaTable(1.0, (dead,))))
+        _forget_replicas(telemetry_config)
+        kept = client.get(REPLICAS_KEY)
+    assert isinstance(kept, bytes)
+    assert decode_replicas(kept).replicas == ()
