@@ -161,7 +161,7 @@ class Intake:
         lost = dict.fromkeys(preference_ids)
         again = [v for v in self.replay if v.preference_id in lost and v.tries < MAX_TRIES]
         self.pending = [*again, *self.pending]
-        waiting = {verdict.preference_id for verdict in (*again, *self.pending)}
+        waiting = {verdict.preference_id for verdict in self.pending}
         self.replay = [verdict for verdict in self.replay if verdict.preference_id not in lost]
         self.dropped += [(name, "refused") for name in lost if name not in waiting]
 

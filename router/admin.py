@@ -16,11 +16,8 @@ from redis.exceptions import RedisError
 from router.errors import InvalidRequest, Unavailable
 from router.schema import ReleaseOrder
 from telemetry.manifest import VERSION_PATTERN
-from telemetry.routing import Replica, ReplicaTable, RoutingTable
+from telemetry.routing import COMMANDS_KEY, HISTORY_KEY, Replica, ReplicaTable, RoutingTable, VariantRoute
 
-HISTORY_KEY: Final = "tiebreak:releases:history"
-COMMANDS_KEY: Final = "tiebreak:releases:commands"
-CHANNELS: Final = ("stable", "previous", "canary", "shadow", "base_version")  # fields of a route
 HISTORY_LENGTH: Final = 100
 Command = Literal["promote", "rollback"]
 
@@ -48,7 +45,7 @@ class HeldVersion(msgspec.Struct, frozen=True):
     version: str
     state: Literal["ready", "loading", "draining", "failed"]
     in_flight: int
-    wanted_by: tuple[str, ...]  # policy@channel of every route that names it
+    wanted_by: tuple[str, ...]  # "variant channel" of every route that names it
     reason: str = ""  # of a failure
 
 
@@ -73,12 +70,21 @@ class HeldVersions(msgspec.Struct, frozen=True):
 def held_versions(routing: RoutingTable, table: ReplicaTable) -> HeldVersions:
     """Both tables joined: which version is where, and what it is there for."""
     wanted: dict[tuple[str, str], list[str]] = {}
-    for policy, routes in routing.policies.items():
-        for route in routes:
-            for channel in CHANNELS:
-                if version := getattr(route, channel):
-                    wanted.setdefault((route.base, version), []).append(f"{policy}@{channel}")
+    for route in (route for routes in routing.policies.values() for route in routes):
+        for channel, version in _channels(route):
+            wanted.setdefault((route.base, version), []).append(f"{route.variant} {channel}")
     return HeldVersions(table.updated_at_s, tuple(_versions_of(replica, wanted) for replica in table.replicas))
+
+
+def _channels(route: VariantRoute) -> tuple[tuple[str, str], ...]:
+    """(channel, its version, which may be empty)"""
+    return (
+        ("stable", route.stable),
+        ("previous", route.previous),
+        ("canary", route.canary),
+        ("shadow", route.shadow),
+        ("base", route.base_version),
+    )
 
 
 def _versions_of(replica: Replica, wanted: Mapping[tuple[str, str], list[str]]) -> ReplicaVersions:

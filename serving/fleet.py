@@ -77,16 +77,7 @@ def replica_record(url: str, status: ReplicaStatus, *, is_ready: bool) -> Replic
 class Fleet:
     """Keeps the replicas of ``bases`` (name → how many) at what the routing table wants."""
 
-    def __init__(
-        self,
-        bases: Mapping[str, int],
-        urls: Urls,
-        redis: Redis,
-        session: aiohttp.ClientSession,
-        *,
-        linger_s: float = LINGER_S,
-    ) -> None:
-        self._linger_s = linger_s
+    def __init__(self, bases: Mapping[str, int], urls: Urls, redis: Redis, session: aiohttp.ClientSession) -> None:
         self._unwanted: dict[tuple[str, str], float] = {}  # (url, version) → since when nobody wants it there
         self._bases, self._urls, self._redis, self._session = bases, urls, redis, session
         self._routing = RoutingTable(0, {})
@@ -184,7 +175,7 @@ class Fleet:
         self._unwanted = {key: at for key, at in self._unwanted.items() if key[0] != url or key in unwanted}
         for step in steps:
             key = (url, step.version)
-            if step.verb == "DELETE" and now_s - self._unwanted.setdefault(key, now_s) < self._linger_s:
+            if step.verb == "DELETE" and now_s - self._unwanted.setdefault(key, now_s) < LINGER_S:
                 continue
             if key not in self._tasks and self._refused.get(key, 0.0) < time.monotonic():
                 task = asyncio.create_task(self._carry_out(url, step))

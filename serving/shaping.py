@@ -67,7 +67,8 @@ class Shaping:
             ids = torch.tensor(list(self._said), device=out_V.device)
             counts = torch.tensor(list(self._said.values()), dtype=out_V.dtype, device=out_V.device)
             out_V[ids] -= self._frequency * counts + self._presence
-        out_V.index_add_(0, self._biased.to(out_V.device), self._bias.to(out_V.device))
+        if len(self._biased):
+            out_V.index_add_(0, self._biased.to(out_V.device), self._bias.to(out_V.device))
         if self._guide is not None:
             allowed_V = torch.frombuffer(bytearray(self._guide.compute_logit_bias()), dtype=torch.uint8)
             out_V.masked_fill_(allowed_V.to(out_V.device) == 0, -torch.inf)

@@ -10,6 +10,8 @@ import msgspec
 
 ROUTING_KEY = "tiebreak:routing"
 REPLICAS_KEY = "tiebreak:replicas"
+HISTORY_KEY = "tiebreak:releases:history"  # the latest changes, newest first; the controller writes
+COMMANDS_KEY = "tiebreak:releases:commands"  # what operators ask of the controller
 
 
 class VariantRoute(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

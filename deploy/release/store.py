@@ -17,11 +17,17 @@ import redis
 from deploy.release.state import Change, VariantState
 from telemetry.event_log import Offsets
 from telemetry.events import ReleaseChanged, utc_now
-from telemetry.routing import REPLICAS_KEY, ROUTING_KEY, ReplicaTable, RoutingTable, decode_replicas
+from telemetry.routing import (
+    COMMANDS_KEY,
+    HISTORY_KEY,
+    REPLICAS_KEY,
+    ROUTING_KEY,
+    ReplicaTable,
+    RoutingTable,
+    decode_replicas,
+)
 
 STATE_KEY = "tiebreak:releases:state"
-HISTORY_KEY = "tiebreak:releases:history"
-COMMANDS_KEY = "tiebreak:releases:commands"
 LEASE_KEY = "tiebreak:releases:leader"
 HISTORY_LENGTH = 200
 NEVER = float("-inf")

@@ -222,23 +222,17 @@ async def measure(ours: str, theirs: str, upstream: str, folder: Path) -> list[d
     for _ in range(3):
         through += await latencies(ours, SINGLE, half)
         direct += await latencies(upstream, SINGLE, half)
-    added = {q: 1000 * (quantile(through, q) - quantile(direct, 0.5)) for q in (0.5, 0.99)}
+    added = {q: 1000 * (record.quantile(through, q) - record.quantile(direct, 0.5)) for q in (0.5, 0.99)}
     detail = {"per_second": middle, "rounds": rates, "connections": CONNECTIONS, "baseline": LITELLM}
     return [
         record.row("gateway with everything on, requests/s against LiteLLM's proxy",
                    middle["ours"] / middle["litellm"], "×", bar=20.0, better="higher", **detail),
         record.row("the same, every answer a pair, against LiteLLM's single answers",
                    middle["pair"] / middle["litellm"], "×", bar=12.0, better="higher"),
-        record.row("streams of 20 chunks/s against LiteLLM's proxy",
-                   middle["our stream"] / middle["their stream"], "×", bar=8.0, better="higher"),
         record.row("latency added by the gateway at half load, p50", added[0.5], "ms", bar=1.5, better="lower",
                    requests_per_s=half),
         record.row("latency added by the gateway at half load, p99", added[0.99], "ms", bar=8.0, better="lower"),
     ]  # fmt: skip
-
-
-def quantile(values: list[float], q: float) -> float:
-    return sorted(values)[min(len(values) - 1, int(q * len(values)))]
 
 
 if __name__ == "__main__":

@@ -37,10 +37,6 @@ BACKGROUND_REQUESTS, BACKGROUND_USERS = 1000, 4
 LIVE_LIMIT_S = 240.0
 
 
-def quantile(values: list[float], q: float) -> float:
-    return sorted(values)[min(len(values) - 1, int(q * len(values)))]
-
-
 @dataclass
 class Background:
     """Ordinary chat traffic during training and swaps; every second request streams."""
@@ -236,7 +232,7 @@ def rows_of(persona: str, result: dict[str, Any], *, is_first: bool) -> list[dic
             "s",
             bar=60.0,
             better="lower",
-            p90=quantile(result["live"], 0.9) if result["live"] else None,
+            p90=record.quantile(result["live"], 0.9) if result["live"] else None,
             clicks=len(result["live"]),
         ),
     ]
@@ -248,11 +244,11 @@ def traffic_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
     return [
         record.row(
             "click acknowledged, trainer idle, p99",
-            1000 * quantile(idle, 0.99),
+            1000 * record.quantile(idle, 0.99),
             "ms",
             bar=20.0,
             better="lower",
-            p50_ms=1000 * quantile(idle, 0.5),
+            p50_ms=1000 * record.quantile(idle, 0.5),
             clicks=len(idle),
         ),
         record.row(

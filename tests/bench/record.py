@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import re
+import subprocess
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -41,6 +42,7 @@ def save(bench: str, command: str, rows: list[dict[str, Any]]) -> None:
     machine = {"cores": os.cpu_count(), "cpu": _cpu(), "python": platform.python_version(), "gpu": None}
     document = {
         "command": command,
+        "commit": _commit(),
         "machine": machine,
         "versions": {package: version(package) for package in PACKAGES},
         "rows": rows,
@@ -49,6 +51,11 @@ def save(bench: str, command: str, rows: list[dict[str, Any]]) -> None:
     (RESULTS / f"{bench}.json").write_text(json.dumps(document, indent=2) + "\n")
     for line in rows:
         print(json.dumps(line))
+
+
+def quantile(values: list[float], q: float) -> float:
+    """The smallest value that a share ``q`` of them do not exceed, roughly."""
+    return sorted(values)[min(len(values) - 1, int(q * len(values)))]
 
 
 def rows(bench: str) -> list[dict[str, Any]]:
@@ -69,6 +76,12 @@ def table() -> str:
             bar = f"{sign} {_short(item['bar'])} {item['unit']}".strip()
             lines.append(f"| {item['name']} | {value} | {bar} | {holds} | `{document['command']}` |")
     return "\n".join(lines) + "\n"
+
+
+def _commit() -> str:
+    """What was measured; a tree with changes in it says so."""
+    done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    return done.stdout.strip()
 
 
 def _short(value: float) -> str:

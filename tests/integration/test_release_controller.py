@@ -22,11 +22,20 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from deploy.release.store import COMMANDS_KEY, HISTORY_KEY, STATE_KEY
+from deploy.release.store import STATE_KEY
 from telemetry import events
 from telemetry.config import TelemetryConfig, open_log, redis_client
 from telemetry.manifest import base_digest, base_version
-from telemetry.routing import REPLICAS_KEY, ROUTING_KEY, Replica, ReplicaTable, VariantRoute, decode_routing
+from telemetry.routing import (
+    COMMANDS_KEY,
+    HISTORY_KEY,
+    REPLICAS_KEY,
+    ROUTING_KEY,
+    Replica,
+    ReplicaTable,
+    VariantRoute,
+    decode_routing,
+)
 from tests.servers import RedisServer
 from tests.unit.release.story import GOOD_METRICS, V1, V2
 
@@ -164,13 +173,14 @@ probe_interval_s = 0.2
 
     def judge(self, winner: str, loser: str, times: int) -> None:
         for _ in range(times):
-            self.append(
-                events.PreferenceRecorded(
-                    pair_id=events.new_id(), policy="chat", user="u", prompt=(), chosen=self._said(winner),
-                    rejected=self._said(loser), outcome="chosen_rejected", chosen_position="a", propensity=1.0,
-                    shown_at=datetime.now(UTC), decided_s=1.0,
-                )
-            )  # fmt: skip
+            self.append(self.verdict(winner, loser))
+
+    def verdict(self, winner: str, loser: str) -> events.PreferenceRecorded:
+        return events.PreferenceRecorded(
+            pair_id=events.new_id(), policy="chat", user="u", prompt=(), chosen=self._said(winner),
+            rejected=self._said(loser), outcome="chosen_rejected", chosen_position="a", propensity=1.0,
+            shown_at=datetime.now(UTC), decided_s=1.0,
+        )  # fmt: skip
 
     def _said(self, version: str) -> events.Completion:
         return events.Completion(
@@ -257,6 +267,21 @@ def test_a_published_version_is_probed_shown_and_promoted_and_the_log_tells_all(
     assert [event.state for event in deployment.announced()] == ["gated", "shadow", "canary", "stable"]
     assert [line["state"] for line in deployment.history()] == ["stable", "canary", "shadow", "gated"]
     assert deployment.history()[0]["evidence"]["win_rate"] == 1.0
+
+
+def test_a_verdict_appended_again_counts_once(deployment: Deployment) -> None:
+    deployment.hold(V1)
+    deployment.start()
+    deployment.publish(V1)
+    deployment.until(_is(deployment, "canary", V1))
+    deployment.serve(deployment.base, 6, channel="stable")
+    deployment.serve(V1, 6)
+    repeated = deployment.verdict(V1, deployment.base)
+    for _ in range(6):
+        deployment.append(repeated)
+    deployment.judge(V1, deployment.base, 3)
+    deployment.until(_is(deployment, "stable", V1))
+    assert deployment.history()[0]["evidence"]["verdicts"] == 4.0
 
 
 def test_a_version_that_babbles_is_rejected_in_its_shadow(deployment: Deployment) -> None:

@@ -206,6 +206,15 @@ async def test_a_single_answer_that_fails_is_an_error_whole_and_streamed(telemet
         assert engine.submitted == 2, "an answer that has begun is never retried"
 
 
+async def test_a_choice_that_fails_beside_others_says_so(telemetry_config: TelemetryConfig) -> None:
+    engine = FaultyEngine(STABLE, good_chunks=7, token_s=0.01)  # in the middle of the second choice
+    async with running_stack(telemetry_config, engine=engine) as stack:
+        request = {"model": "chat", "messages": [{"role": "user", "content": "a b c"}], "stream": True, "n": 2}
+        async with stack.http.post("/v1/chat/completions", json=request) as response:
+            choices = [choice for piece in await lines(response) for choice in piece["choices"]]
+        assert {c["index"]: c["finish_reason"] for c in choices if c["finish_reason"]} == {0: "stop", 1: "error"}
+
+
 async def test_an_answer_that_names_another_version_is_an_error_not_an_answer(
     telemetry_config: TelemetryConfig,
 ) -> None:

@@ -301,7 +301,7 @@ async def test_operators_see_which_replica_holds_what(stack: Stack) -> None:
     async with stack.http.get("/admin/versions") as response:
         seen = await response.json()
     (replica,) = seen["replicas"]
-    assert {held["version"]: held["wanted_by"] for held in replica["versions"]}[STABLE] == ["chat@stable"]
+    assert {held["version"]: held["wanted_by"] for held in replica["versions"]}[STABLE] == ["chat-main stable"]
 
 
 @pytest.mark.parametrize("path", UNSERVED)

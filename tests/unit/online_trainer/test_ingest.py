@@ -35,6 +35,15 @@ def test_ties_identical_and_empty_answers_are_dropped_with_their_reason() -> Non
     assert [reasons[f"preference-{n}"] for n in range(5)] == ["no_preference"] * 3 + ["identical", "empty"]
 
 
+def test_nobody_is_taught_to_say_what_the_filter_stopped_but_may_be_taught_not_to() -> None:
+    found, replace = intake(), msgspec.structs.replace
+    one, other = verdict(1), verdict(2)
+    found.record(replace(one, chosen=replace(one.chosen, finish_reason="content_filter")))
+    found.record(replace(other, rejected=replace(other.rejected, finish_reason="content_filter")))
+    assert found.dropped == [("preference-1", "unsafe")]
+    assert [v.preference_id for v in found.pending] == ["preference-2"]
+
+
 def test_a_held_out_prompt_judges_versions_and_is_never_trained_on() -> None:
     found = intake(heldout_ratio=0.1)
     found.record(verdict(1, prompt=prompt_that_is(True)))

@@ -21,10 +21,10 @@ def test_each_version_shows_its_state_its_load_and_what_it_is_there_for() -> Non
     assert (seen.updated_at_s, seen.replicas[0].free_slots, seen.replicas[0].in_flight) == (7.0, 1, 3)
     rows = {held.version: (held.state, held.in_flight, held.wanted_by) for held in seen.replicas[0].versions}
     assert rows == {
-        BASE: ("ready", 0, ("chat@previous", "chat@base_version")),
-        STABLE: ("ready", 2, ("chat@stable",)),
-        CANARY: ("loading", 0, ("chat@canary",)),
-        BAD: ("failed", 0, ("chat@shadow",)),
+        BASE: ("ready", 0, ("main previous", "main base")),
+        STABLE: ("ready", 2, ("main stable",)),
+        CANARY: ("loading", 0, ("main canary",)),
+        BAD: ("failed", 0, ("main shadow",)),
         OLD: ("draining", 1, ()),
     }
     assert [held.reason for held in seen.replicas[0].versions if held.state == "failed"] == ["wrong shapes"]
