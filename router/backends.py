@@ -9,6 +9,7 @@ Tokens come straight from the replica's own listener over kept-alive connections
 
 from __future__ import annotations
 
+import logging
 import random
 import time
 from collections import Counter
@@ -31,6 +32,7 @@ from serving.wire import Chunk, GenerateRequest
 from telemetry.metrics import RESPONSE_ERRORS
 from telemetry.routing import Replica
 
+log = logging.getLogger(__name__)
 TRIES = 2
 CONNECT_S = 2.0
 STALE_S = 2.0
@@ -109,8 +111,18 @@ class ReplicaPool:
             if chosen := fresh or candidates:
                 return self._best(chosen, request)
             if not await self._tables.changed(deadline - time.monotonic()):
+                self._tell_missing(base, version)
                 message = "No replica holds this version now; it is being loaded or is gone."
                 raise Unavailable(message, code="no_replica", retry_after_s=2.0)
+
+    def _tell_missing(self, base: str, version: str) -> None:
+        table = self._tables.replicas
+        known = {replica.replica_id: (replica.is_ready, replica.versions) for replica in table.replicas}
+        log.warning(
+            "no replica of %s holds %s: known %s, table %.1f s old, left out %s",
+            base, version, known, time.time() - table.updated_at_s, sorted(self._stale),
+            extra={"action": "no_replica", "version": version},
+        )  # fmt: skip
 
     def _is_stale(self, replica: Replica, version: str) -> bool:
         mark = self._stale.get((replica.replica_id, version))

@@ -106,7 +106,7 @@ class Ledger:
             self.note(answer.served(exchange))
             _count(answer)
             if not exchange.is_pair and answer in exchange.shown and answer.is_whole:
-                self._in_background(self._remember_completion(exchange, answer))
+                self.in_background(self._remember_completion(exchange, answer))
 
     async def recall_completion(self, completion_id: str) -> RememberedCompletion | None:
         """The single answer, or None when it is unknown or too old."""
@@ -129,7 +129,8 @@ class Ledger:
         except (RedisError, OSError) as error:
             log.warning("no thumb possible: %s", error, extra={"action": "completion_not_remembered"})
 
-    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
+    def in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run what no client waits for; it deals with its own errors."""
         task = asyncio.create_task(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)

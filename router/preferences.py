@@ -1,9 +1,9 @@
 """Verdicts: once per pair, acknowledged only when durable, whatever crashes in between.
 
-A verdict is claimed in Redis with its whole event (the first claim fixes the choice), appended to the log under
-an event id that depends on the pair alone, then marked accepted. A crash before the mark is mended by the same
-verdict sent again: it appends the same event, and consumers deduplicate. ``a`` and ``b`` end here; from here on
-the words are chosen and rejected.
+A verdict is claimed in Redis with its whole event (the first claim fixes the choice) and appended to the log under
+an event id that depends on the pair alone; then it is acknowledged, and marked so behind the answer. Without the mark
+the same verdict sent again appends the same event, and consumers deduplicate. ``a`` and ``b`` end here; from here
+on the words are chosen and rejected.
 """
 
 from __future__ import annotations
@@ -177,10 +177,10 @@ class Preferences:
         lock = LOCK_KEY + event.pair_id
         try:
             durable = await self._ledger.durable(event)
-            await self._book.accept(event, durable, lock)
         except Exception:  # re-raised: the next try need not wait for the lease to end
             await self._redis.delete(lock)
             raise
+        self._ledger.in_background(self._book.accept(event, durable, lock))
         count_verdict(event)
         return receipt(event, claim.choice, durable, replayed=False)
 

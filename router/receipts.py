@@ -6,6 +6,7 @@ The router writes a receipt's first lines at acknowledgement; the recorder adds 
 
 from __future__ import annotations
 
+import logging
 from typing import Any, Final, cast
 
 import msgspec
@@ -20,6 +21,7 @@ from router.schema import Choice, Links, Receipt, Revealed, RevealedPair, Timeli
 from telemetry.events import Completion, PreferenceRecorded, PreferenceRetracted, utc_now
 from telemetry.receipts import receipt_key, timeline
 
+log = logging.getLogger(__name__)
 VERDICT_KEY: Final = "tiebreak:verdict:"
 STATUSES: Final = ("retracted", "dropped", "live", "trained", "stored", "accepted")  # the first that was reached
 
@@ -77,19 +79,25 @@ class ReceiptBook:
         return Verdict(msgspec.json.decode(claim, type=Claim), (durable or b"").decode())
 
     async def accept(self, event: PreferenceRecorded, durable: str, lock: str) -> None:
-        """The event is durable: from here on the same verdict is a replay; ``lock`` is let go with it."""
+        """The event is durable: from here on the same verdict is a replay; ``lock`` is let go with it.
+
+        A mark that fails is logged only: the recorder writes the receipt, too, and a replay appends the same event.
+        """
         fields = {
             "pair_id": event.pair_id,
             "user": event.user,
             "accepted_at": event.occurred_at.isoformat(),
             "durable": durable,
         }
-        async with self._redis.pipeline(transaction=True) as pipeline:
-            for name, value in fields.items():  # the recorder may have been here first
-                pipeline.hsetnx(receipt_key(event.event_id), name, value)
-            pipeline.hset(VERDICT_KEY + event.pair_id, "durable", durable)
-            pipeline.delete(lock)
-            await pipeline.execute()
+        try:
+            async with self._redis.pipeline(transaction=True) as pipeline:
+                for name, value in fields.items():  # the recorder may have been here first
+                    pipeline.hsetnx(receipt_key(event.event_id), name, value)
+                pipeline.hset(VERDICT_KEY + event.pair_id, "durable", durable)
+                pipeline.delete(lock)
+                await pipeline.execute()
+        except (RedisError, OSError) as error:
+            log.warning("verdict not marked: %s", error, extra={"action": "verdict_not_marked", "id": event.event_id})
 
     async def read(self, preference_id: str, caller: Caller) -> Timeline:
         """How far the verdict has come. Raises NotFound, Forbidden or Unavailable."""
@@ -131,6 +139,7 @@ class ReceiptBook:
         await cast(Any, self._redis.hsetnx(key, "retracted_at", at))
 
     async def _find(self, preference_id: str, caller: Caller) -> tuple[dict[bytes, bytes], Verdict | None]:
+        await self._ledger.settled()  # a mark may still be under way
         fields = await cast(Any, self._redis.hgetall(receipt_key(preference_id)))
         if b"accepted_at" not in fields:
             raise NotFound("There is no such preference.", code="preference_not_found")

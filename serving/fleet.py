@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import aiohttp
 import msgspec
+from msgspec.structs import replace
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
@@ -25,6 +26,7 @@ from telemetry.routing import REPLICAS_KEY, ROUTING_KEY, Replica, ReplicaTable, 
 
 log = logging.getLogger(__name__)
 LINGER_S = 2.0  # an unwanted version stays this long: routers that have not read the new table yet still ask for it
+REPEAT_S = 2.0  # a table in which only load changed is written no more often: every write is synced
 RETRY_S = 10.0  # a version that a replica refused is offered again after this
 STATUS_S = 2.0
 LOAD_S = 120.0
@@ -86,6 +88,8 @@ class Fleet:
         self._silent: set[str] = set()
         self._tasks: dict[tuple[str, str], asyncio.Task[None]] = {}  # (url, version) → step under way
         self._refused: dict[tuple[str, str], float] = {}  # (url, version) → when to offer it again
+        self._published: list[Replica] | None = None  # the last table written, without its load
+        self._published_at_s = 0.0
         self._changed = asyncio.Event()
         self.is_settled = False  # all replicas answer and hold what is wanted
 
@@ -142,17 +146,27 @@ class Fleet:
             log.warning("routing table kept: %s", error, extra={"action": "routing_kept"})
 
     async def _publish(self, table: ReplicaTable) -> None:
+        """Write what has changed at once, and the load now and then."""
+        shape = [replace(replica, in_flight=0, in_flight_by_version={}) for replica in table.replicas]
+        if shape == self._published and table.updated_at_s - self._published_at_s < REPEAT_S:
+            return
         try:
             await self._redis.set(REPLICAS_KEY, msgspec.json.encode(table))
         except (RedisError, OSError) as error:
             log.warning("replica table not written: %s", error, extra={"action": "replicas_not_written"})
+            return
+        self._published, self._published_at_s = shape, table.updated_at_s
 
     async def _addresses(self, base: str) -> list[str]:
         try:
-            self._known[base] = await self._urls(base)
+            urls = await self._urls(base)
         except ControlPlaneAway as error:
             log.warning("replicas kept: %s", error, extra={"action": "replicas_kept"})
-        return self._known[base]
+            return self._known[base]
+        if set(urls) != set(self._known[base]):
+            log.info("replicas of %s: %s", base, urls, extra={"action": "replicas_changed", "base": base, "urls": urls})
+        self._known[base] = urls
+        return urls
 
     async def _status(self, url: str) -> ReplicaStatus | None:
         timeout = aiohttp.ClientTimeout(total=STATUS_S)

@@ -58,7 +58,7 @@ class TelemetryConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
 
     # Recorder: a batch is stored after this many entries or seconds, whichever is first.
     recorder_batch_entries: int = 500
-    recorder_flush_s: float = 0.5
+    recorder_flush_s: float = 2.0
     # Port of the recorder's /metrics on loopback; 0 picks a free one.
     recorder_metrics_port: int = 0
 

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -20,11 +20,16 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+import redis
 from safetensors.numpy import save_file
 
-from deploy.release.store import STATE_KEY
+from deploy.release.config import ReleaseConfig
+from deploy.release.controller import Controller
+from deploy.release.probes import Prober
+from deploy.release.store import STATE_KEY, HistoryEntry, ReleaseStore, Saved
 from telemetry import events
 from telemetry.config import TelemetryConfig, open_log, redis_client
+from telemetry.configuration import read_table
 from telemetry.manifest import base_digest, base_version
 from telemetry.routing import (
     COMMANDS_KEY,
@@ -33,6 +38,7 @@ from telemetry.routing import (
     ROUTING_KEY,
     Replica,
     ReplicaTable,
+    RoutingTable,
     VariantRoute,
     decode_routing,
 )
@@ -95,6 +101,7 @@ class Deployment:
         self.folder, self.telemetry, self.speaker = folder, telemetry, speaker
         self.redis = redis_client(telemetry)
         self.log = open_log(telemetry)
+        (folder / "release.log").touch()
         self.config = folder / "run" / "config.toml"
         self.config.parent.mkdir(exist_ok=True)
         self.config.write_text(
@@ -284,6 +291,43 @@ def test_a_verdict_appended_again_counts_once(deployment: Deployment) -> None:
     assert _is(deployment, "canary", V1)(), "three verdicts are not the four that a promotion needs"
     deployment.judge(V1, deployment.base, 1)
     deployment.until(_is(deployment, "stable", V1))
+
+
+class StumblingStore(ReleaseStore):
+    """A store whose saves fail while ``is_away``."""
+
+    is_away = False
+    failures = 0
+
+    def save(self, saved: Saved, table: RoutingTable, *, commands_taken: int, history: Sequence[HistoryEntry]) -> None:
+        if self.is_away:
+            self.failures += 1
+            raise redis.ConnectionError("away")
+        super().save(saved, table, commands_taken=commands_taken, history=history)
+
+
+def test_evidence_read_before_a_failed_save_is_read_again(deployment: Deployment) -> None:
+    deployment.hold(V1)
+    store = StumblingStore(deployment.redis, 1.0)
+    config = read_table(deployment.config, "release", ReleaseConfig)
+    prober = Prober(deployment.speaker.url, config.shadow.prompts, tokens=16, timeout_s=5.0)
+    controller = Controller(config, {"tiny": deployment.base}, deployment.log, store, prober)
+    stop = threading.Event()
+    thread = threading.Thread(target=controller.run, args=(stop, lambda: None))
+    thread.start()
+    try:
+        deployment.publish(V1)
+        deployment.until(_is(deployment, "canary", V1))
+        store.is_away = True
+        deployment.judge(V1, deployment.base, 4)
+        deployment.serve(deployment.base, 6, channel="stable")
+        deployment.serve(V1, 6)
+        deployment.until(lambda: store.failures > 0)
+        store.is_away = False
+        deployment.until(_is(deployment, "stable", V1))
+    finally:
+        stop.set()
+        thread.join()
 
 
 def test_a_version_that_babbles_is_rejected_in_its_shadow(deployment: Deployment) -> None:

@@ -126,7 +126,7 @@ async def test_both_positions_of_a_pair_are_equally_likely_for_each_version(tele
     async with running_stack(telemetry_config, config=ONLY_CANARY_PAIRS) as stack:
         await stack.publish(routing=routes(stack.engine, canary=CANARY))
         await stack.consent("ann")
-        answers = await asyncio.gather(*(stack.ask(**ALWAYS) for _ in range(100)))
+        answers = [await stack.ask(**ALWAYS) for _ in range(100)]
         first = [answer["choices"][0]["message"]["content"].startswith(CANARY) for _, answer, _ in answers]
         second = [answer["choices"][1]["message"]["content"].startswith(CANARY) for _, answer, _ in answers]
     assert 25 < sum(first) < 75
@@ -269,7 +269,7 @@ async def test_two_replicas_share_the_load(stack: Stack, telemetry_config: Telem
     await load(second, STABLE)
     async with serving_on_loopback(replica_app(second, telemetry_config.state_path)) as url:
         await stack.publish(replicas=[*stack.replicas, replica(url, second.base_version, STABLE, name="r1")])
-        await asyncio.gather(*(stack.ask() for _ in range(60)))
+        await asyncio.gather(*(stack.ask(f"question {i}") for i in range(60)))  # no prefix in common
         assert 15 <= second.submitted <= 45
 
 

@@ -8,9 +8,9 @@ import aiohttp
 import pytest
 from redis.asyncio import Redis
 
-from serving.fleet import LINGER_S, Fleet, Step, steps_for, wanted_versions
+from serving.fleet import LINGER_S, REPEAT_S, Fleet, Step, replica_record, steps_for, wanted_versions
 from serving.wire import ReplicaStatus
-from telemetry.routing import RoutingTable, VariantRoute
+from telemetry.routing import ReplicaTable, RoutingTable, VariantRoute, decode_replicas
 
 
 def status(*versions: str, free_slots: int = 8, **changes: object) -> ReplicaStatus:
@@ -92,3 +92,23 @@ async def test_an_unwanted_version_stays_until_every_router_has_read_the_new_tab
 
 async def _nowhere(_: str) -> list[str]:
     return []
+
+
+async def test_a_change_of_the_fleet_is_written_at_once_and_its_load_now_and_then() -> None:
+    written: list[float] = []
+
+    class Table:
+        async def set(self, _: str, payload: bytes) -> None:
+            written.append(decode_replicas(payload).updated_at_s)
+
+    def seen(at_s: float, in_flight: int, *, is_ready: bool = True) -> ReplicaTable:
+        busy = status(in_flight={"base": in_flight})
+        return ReplicaTable(at_s, (replica_record("http://r1", busy, is_ready=is_ready),))
+
+    async with aiohttp.ClientSession() as session:
+        fleet = Fleet({}, _nowhere, Table(), session)  # type: ignore[arg-type]
+        for table in (seen(10.0, 0), seen(10.5, 3), seen(11.0, 3, is_ready=False), seen(11.5, 1, is_ready=False)):
+            await fleet._publish(table)
+        assert written == [10.0, 11.0]
+        await fleet._publish(seen(11.0 + REPEAT_S, 5, is_ready=False))
+    assert written == [10.0, 11.0, 11.0 + REPEAT_S]
