@@ -258,8 +258,6 @@ class Trainer:
             stable = base_version(self._base_digest)
         self._lineage, lost = self._lineage.fallen_back(stable)
         self._intake.unlearned(lost)
-        if self._intake.dropped and self._oldest_drop_at is None:
-            self._oldest_drop_at = self._now()
         self._learner.forget_momentum()
         log.info("fell back", extra={"action": "weights_reset", "version": stable})
 

@@ -20,6 +20,7 @@ from telemetry.config import TelemetryConfig
 from telemetry.configuration import InvalidConfiguration, read_table
 from telemetry.process import announce_ready
 
+SWITCH_S = 0.0005  # the log's threads hold the interpreter at most this long while the event loop waits
 GRACE_S = 10  # running answers may take this long to end
 
 
@@ -72,6 +73,7 @@ def serve(path: Path) -> None:
             log_config=None,
             access_log=False,
             server_header=False,
+            proxy_headers=False,  # nothing here asks for the client's address
             timeout_graceful_shutdown=GRACE_S,
         ),
         telemetry.state_path,
@@ -79,6 +81,7 @@ def serve(path: Path) -> None:
     )
     for stop in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises them again after it has stopped
         signal.signal(stop, lambda *_: None)
+    sys.setswitchinterval(SWITCH_S)
     server.run(sockets=[bound])
     provider.shutdown()
 

@@ -6,7 +6,6 @@ request and says what kind of result they make: a pair, or a normal answer when 
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Final
@@ -34,6 +33,7 @@ from router.schema import (
 )
 from serving.wire import Chunk, Sampling, TokenLogprob
 from telemetry.events import Completion, CompletionServed, Message
+from telemetry.randomness import random_bytes
 from telemetry.text import repetition_ratio
 
 SECOND_SIDE_WAIT_S: Final = 0.5  # how long a stream's first side waits for the second
@@ -41,7 +41,7 @@ SECOND_SIDE_WAIT_S: Final = 0.5  # how long a stream's first side waits for the 
 
 def new_completion_id() -> str:
     """An id that tells nothing."""
-    return f"chatcmpl-{secrets.token_hex(16)}"
+    return f"chatcmpl-{random_bytes(16).hex()}"
 
 
 class Answer:

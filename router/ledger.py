@@ -24,6 +24,7 @@ from telemetry.event_log import EntryTooLarge, LogUnavailable
 from telemetry.events import TOPIC_OF, AnyEvent, Completion, Message, PairShown, encode, key_of
 from telemetry.outbox import OutboxLog
 
+MEMORY_BATCH: Final = 64
 COMPLETION_KEY: Final = "tiebreak:completion:"
 log = logging.getLogger(__name__)
 
@@ -46,6 +47,8 @@ class Ledger:
         self._redis = redis
         self._pairs = pairs
         self._completion_ttl_s = int(completion_ttl_s)
+        self._memories: list[tuple[str, RememberedCompletion]] = []  # waiting for the one task that writes them
+        self._is_writing = False
         self._background: set[asyncio.Task[None]] = set()
 
     async def durable(self, event: AnyEvent) -> Literal["log", "outbox"]:
@@ -106,7 +109,7 @@ class Ledger:
             self.note(answer.served(exchange))
             _count(answer)
             if not exchange.is_pair and answer in exchange.shown and answer.is_whole:
-                self.in_background(self._remember_completion(exchange, answer))
+                self._remember_completion(exchange, answer)
 
     async def recall_completion(self, completion_id: str) -> RememberedCompletion | None:
         """The single answer, or None when it is unknown or too old."""
@@ -119,15 +122,27 @@ class Ledger:
         if self._background:
             await asyncio.wait(set(self._background))
 
-    async def _remember_completion(self, exchange: Exchange, answer: Answer) -> None:
+    def _remember_completion(self, exchange: Exchange, answer: Answer) -> None:
         kept = RememberedCompletion(
             exchange.policy, exchange.user, exchange.caller, exchange.prompt, answer.completion()
         )
-        try:
-            key = COMPLETION_KEY + answer.completion_id
-            await self._redis.set(key, msgspec.json.encode(kept), ex=self._completion_ttl_s)
-        except (RedisError, OSError) as error:
-            log.warning("no thumb possible: %s", error, extra={"action": "completion_not_remembered"})
+        self._memories.append((COMPLETION_KEY + answer.completion_id, kept))
+        if not self._is_writing:
+            self._is_writing = True
+            self.in_background(self._write_memories())
+
+    async def _write_memories(self) -> None:
+        """What gathers while Redis syncs goes out together."""
+        while self._memories:
+            pipeline = self._redis.pipeline(transaction=False)
+            batch, self._memories[:] = self._memories[:MEMORY_BATCH], self._memories[MEMORY_BATCH:]
+            for key, kept in batch:
+                pipeline.set(key, msgspec.json.encode(kept), ex=self._completion_ttl_s)
+            try:
+                await pipeline.execute()
+            except (RedisError, OSError) as error:
+                log.warning("no thumb possible: %s", error, extra={"action": "completion_not_remembered"})
+        self._is_writing = False
 
     def in_background(self, work: Coroutine[Any, Any, None]) -> None:
         """Run what no client waits for; it deals with its own errors."""

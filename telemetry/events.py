@@ -8,12 +8,13 @@ are chosen and rejected.
 
 from __future__ import annotations
 
-import os
 import time
 from datetime import UTC, datetime
 from typing import Any, Final, Literal
 
 import msgspec
+
+from telemetry.randomness import random_bytes
 
 PAIRS: Final = "tiebreak.pairs.v1"
 PREFERENCES: Final = "tiebreak.preferences.v1"
@@ -36,7 +37,7 @@ def utc_now() -> datetime:
 def new_id() -> str:
     """A UUIDv7 (RFC 9562 §5.7) as text: ordered by time, unique across processes."""
     ms = time.time_ns() // 1_000_000
-    bits = (ms << 80) | int.from_bytes(os.urandom(10), "big")
+    bits = (ms << 80) | int.from_bytes(random_bytes(10), "big")
     bits = (bits & ~(0xF << 76)) | (0x7 << 76)
     bits = (bits & ~(0x3 << 62)) | (0x2 << 62)
     text = f"{bits:032x}"

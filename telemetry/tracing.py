@@ -1,6 +1,6 @@
 """Spans that join over processes: in by W3C traceparent or by the ids an event carries, out by OTLP/HTTP.
 
-Ids are always made (events carry them), spans leave the process only when an endpoint is configured. The
+Ids are always made (events carry them), spans are filled and leave only where an endpoint is configured. The
 provider lives in this module, not in OpenTelemetry's process-wide slot, so that libraries and tests are
 left alone. No prompt text in attributes.
 """
@@ -18,6 +18,7 @@ from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExport
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
+from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ALWAYS_ON
 from opentelemetry.trace import Link, NonRecordingSpan, Span, SpanContext, SpanKind, TraceFlags
 
 Attribute = str | int | float | bool
@@ -26,7 +27,8 @@ _TRACEPARENT = re.compile(r"^(?!ff)[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-([0
 EXPORT_S = 2.0  # a collector that is away must not hold a process that stops
 _SAMPLED = TraceFlags(TraceFlags.SAMPLED)
 
-_provider = TracerProvider(shutdown_on_exit=False)  # until configure(): ids, no export
+_provider = TracerProvider(shutdown_on_exit=False, sampler=ALWAYS_OFF)  # until configure(): ids, no export
+_tracers: dict[str, trace.Tracer] = {}
 
 
 def configure(
@@ -43,18 +45,21 @@ def configure(
     """
     global _provider
     resource = Resource.create({"service.name": service, "service.namespace": "tiebreak"})
-    provider = TracerProvider(resource=resource)
     if exporter is None and otlp_endpoint:
         exporter = OTLPSpanExporter(endpoint=f"{otlp_endpoint.rstrip('/')}/v1/traces", timeout=EXPORT_S)
+    provider = TracerProvider(resource=resource, sampler=ALWAYS_OFF if exporter is None else ALWAYS_ON)
     if exporter is not None:
         provider.add_span_processor(BatchSpanProcessor(exporter, schedule_delay_millis=int(flush_interval_s * 1000)))
     _provider = provider
+    _tracers.clear()
     return provider
 
 
 def tracer(name: str) -> trace.Tracer:
     """The tracer of module ``name``. Ask after ``configure``, for each use: it is cheap."""
-    return _provider.get_tracer(name)
+    if name not in _tracers:
+        _tracers[name] = _provider.get_tracer(name)
+    return _tracers[name]
 
 
 def parent(trace_id: str, span_id: str) -> Context:

@@ -12,6 +12,7 @@ const page = {
   consent: byId("consent"), newChat: byId("new-chat"), model: byId("model"), announcer: byId("announcer"),
 };
 const CHOICE_OF_KEY = { 1: "a", 2: "b", 0: "tie", 3: "both_bad", s: "skip" };
+const NUDGE = 240; // pixels that the page may move by itself to show the verdict's buttons: less than a reader loses
 const hasKeyboard = matchMedia("(pointer: fine)").matches;
 
 const user = rememberedUser();
@@ -102,6 +103,7 @@ function finishTurn(turn, served) {
   turns.push(turn);
   if (turn.pair) {
     view.askForVerdict(turn, (choice) => decide(turn, choice));
+    if (coveredHeight(turn.view.foot) < NUDGE) turn.view.foot.scrollIntoView({ block: "nearest" });
     announce("Two answers are ready. Press 1 or 2 for the one you prefer, 0 for a tie.");
     if (!page.prompt.value && hasKeyboard) turn.view.root.focus({ preventScroll: true });
   } else {
@@ -111,6 +113,11 @@ function finishTurn(turn, served) {
     announce(`Answer: ${answer.text}`);
     focusPrompt();
   }
+}
+
+// How much of an element lies behind the composer or below it.
+function coveredHeight(element) {
+  return element.getBoundingClientRect().bottom - page.composer.getBoundingClientRect().top;
 }
 
 // A pair that lost a side is a normal answer: the side that finished.

@@ -132,6 +132,23 @@ async def test_a_pair_stands_side_by_side_on_a_desktop_and_stacked_on_a_phone(pa
     assert upper["x"] == lower["x"] and upper["y"] + upper["height"] < lower["y"]
 
 
+async def test_every_verdict_is_in_sight_when_the_pair_is_complete(page: Page) -> None:
+    await ask_for_pair(page, "Tell me a story. " * 40)
+    foot, composer = await page.locator(".turn-foot").bounding_box(), await page.locator("#composer").bounding_box()
+    assert foot and composer
+    covered_by = 40  # pixels, if the page did not move
+    height = int(foot["y"] + foot["height"] + composer["height"]) - covered_by
+    await page.set_viewport_size({"width": 1200, "height": height})
+    await page.get_by_role("button", name="New chat").click()
+    await ask_for_pair(page, "Tell me a story. " * 40)
+    tie, composer = (
+        await page.get_by_role("button", name="Tie").bounding_box(),
+        await page.locator("#composer").bounding_box(),
+    )
+    assert tie and composer
+    assert tie["y"] + tie["height"] <= composer["y"]
+
+
 async def test_versions_stay_hidden_until_the_verdict(page: Page) -> None:
     answers = await ask_for_pair(page, "Which version are you?")
     await expect(answers.locator(".version")).to_have_text(["", ""])

@@ -120,6 +120,8 @@ os.kill(os.getpid(), signal.SIGKILL)
     found = payloads(outbox)
     outbox.close()
     assert first_of_each(found) == [str(n).encode() for n in range(20)]
+    [torn] = folder.glob("*.torn")
+    assert torn.read_bytes().endswith(b"half of a frame"), "what was behind the tear is kept"
 
 
 def test_one_outbox_folder_serves_one_process(

@@ -19,9 +19,7 @@ import pytest
 import redis
 import tomli_w
 
-from serving.__main__ import _forget_replicas
 from serving.wire import Chunk
-from telemetry.config import TelemetryConfig
 from telemetry.manifest import base_digest, base_version
 from telemetry.process import signing_key
 from telemetry.routing import (
@@ -47,6 +45,8 @@ class Serving:
     def __init__(self, state: Path, model: Path, redis_url: str) -> None:
         self.state, self.model = state, model
         self.redis = redis.Redis.from_url(redis_url)
+        left_over = Replica("last-run", "tiny", "http://127.0.0.1:9", True, (base_version(base_digest(model)),), 0, 4)
+        self.redis.set(REPLICAS_KEY, msgspec.json.encode(ReplicaTable(time.time(), (left_over,))))
         config = state / "run" / "config.toml"
         config.parent.mkdir(parents=True)
         document = {
@@ -108,9 +108,16 @@ def serving(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory, redis_se
         running.process.wait(60)
 
 
-def test_ready_is_announced_when_the_replica_answers(serving: Serving) -> None:
+def test_the_last_runs_replicas_are_forgotten_and_ready_is_announced_when_the_new_one_answers(serving: Serving) -> None:
     ready = serving.state / "run" / "serving.ready"
-    serving.until(ready.exists, "serving.ready never came")
+    seen = set[int]()
+
+    def is_ready() -> bool:
+        seen.add(len(serving.replicas()))
+        return ready.exists()
+
+    serving.until(is_ready, "serving.ready never came")
+    assert 0 in seen, "while this run's replica started, the last run's was still in the table"
     assert json.loads(ready.read_text())["pid"] == serving.process.pid
     assert serving.holds(base_version(base_digest(serving.model)))
 
@@ -148,13 +155,3 @@ def test_sigterm_stops_everything_that_was_started(serving: Serving) -> None:
     assert serving.process.wait(60) == 0
     _, alive = psutil.wait_procs(tree, timeout=10)
     assert alive == []
-
-
-def test_a_new_start_forgets_the_replicas_of_the_last_one(telemetry_config: TelemetryConfig) -> None:
-    dead = Replica("r0", "tiny", "http://127.0.0.1:9", True, ("v000000-1a2b3c4d",), 0, 4)
-    with redis.Redis.from_url(telemetry_config.redis_address) as client:
-        client.set(REPLICAS_KEY, msgspec.json.encode(ReplicaTable(1.0, (dead,))))
-        _forget_replicas(telemetry_config)
-        kept = client.get(REPLICAS_KEY)
-    assert isinstance(kept, bytes)
-    assert decode_replicas(kept).replicas == ()

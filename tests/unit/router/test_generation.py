@@ -1,0 +1,37 @@
+"""From a client's wishes to what a replica is asked."""
+
+from __future__ import annotations
+
+from router.arms import Arm
+from router.generation import sampling_of
+from router.schema import ChatRequest, decode
+from serving.wire import Sampling
+
+ARM = Arm("chat-main", "tiny", "v000001-aaaaaaaa", "stable", temperature=0.8, top_p=0.95)
+ASKED = (
+    b'{"model": "chat", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 9, "temperature": 0.0, '
+    b'"top_p": 0.5, "stop": ["x"], "seed": 3, "logprobs": true, "top_logprobs": 4, "frequency_penalty": 0.5, '
+    b'"presence_penalty": -1.5, "logit_bias": {"7": 2.0}, "response_format": {"type": "json_object"}}'
+)
+
+
+def test_every_wish_of_the_client_reaches_the_replica() -> None:
+    asked = sampling_of(decode(ASKED, ChatRequest), ARM)
+    assert asked.json_schema
+    assert asked == Sampling(
+        max_tokens=9,
+        temperature=0.0,
+        top_p=0.5,
+        stop=("x",),
+        seed=3,
+        top_logprobs=4,
+        frequency_penalty=0.5,
+        presence_penalty=-1.5,
+        logit_bias={7: 2.0},
+        json_schema=asked.json_schema,
+    )
+
+
+def test_what_the_client_does_not_say_is_the_variants_default() -> None:
+    body = decode(b'{"model": "chat", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 9}', ChatRequest)
+    assert sampling_of(body, ARM) == Sampling(max_tokens=9, temperature=0.8, top_p=0.95)
