@@ -20,7 +20,6 @@ from telemetry.config import TelemetryConfig
 from telemetry.configuration import InvalidConfiguration, read_table
 from telemetry.process import announce_ready
 
-SWITCH_S = 0.0005  # the log's threads hold the interpreter at most this long while the event loop waits
 GRACE_S = 10  # running answers may take this long to end
 
 
@@ -81,7 +80,6 @@ def serve(path: Path) -> None:
     )
     for stop in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises them again after it has stopped
         signal.signal(stop, lambda *_: None)
-    sys.setswitchinterval(SWITCH_S)
     server.run(sockets=[bound])
     provider.shutdown()
 

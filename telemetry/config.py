@@ -78,7 +78,7 @@ class TelemetryConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     @property
     def redis_address(self) -> str:
         """``redis_url``, or the private server's socket."""
-        return self.redis_url or f"unix://{self.state_path / 'redis' / 'redis.sock'}?db=0"
+        return self.redis_url or f"unix://{self.state_path / 'run' / 'redis.sock'}?db=0"
 
 
 def redis_client(config: TelemetryConfig, *, timeout_s: float | None = None) -> redis.Redis:

@@ -19,7 +19,7 @@ from telemetry.redis_log import offset_of, redis_id_of
 def test_the_embedded_default_keeps_everything_under_the_state_folder() -> None:
     config = TelemetryConfig(state="/srv/tiebreak")
 
-    assert config.redis_address == "unix:///srv/tiebreak/redis/redis.sock?db=0"
+    assert config.redis_address == "unix:///srv/tiebreak/run/redis.sock?db=0"
     assert config.store_root == "/srv/tiebreak/store"
     assert TelemetryConfig(state="~/x").state_path == Path.home() / "x"
 
