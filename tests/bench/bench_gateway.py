@@ -1,8 +1,9 @@
 """The gateway with everything on against LiteLLM's proxy, before the same mock: ``make bench-gateway``.
 
 Keys, limits, arms, consent, events on a log that syncs every write, metrics: all as in production. Gateways run on
-core 0, one at a time; the mock, Redis and the load on core 1. Rounds are interleaved, figures are medians. LiteLLM
-lives in an environment of its own under ``.cache``, made on first use.
+core 0, and the one that is not measured is stopped (SIGSTOP), so that nobody pays for another's work; the mock, Redis
+and the load on core 1. Rounds are interleaved, figures are medians. LiteLLM lives in an environment of its own under
+``.cache``, made on first use.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -21,7 +23,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import aiohttp
 import msgspec
@@ -45,6 +47,22 @@ LATENCY_S = 10.0
 SINGLE = {"model": "chat", "messages": [{"role": "user", "content": "How do I keep basil alive?"}], "max_tokens": 8}
 PAIR = SINGLE | {"user": "user-1", "preference": {"pair": "always"}}
 STREAM = SINGLE | {"stream": True, "max_tokens": 20}
+
+
+class Gateway(NamedTuple):
+    """One that is measured."""
+
+    url: str
+    running: subprocess.Popen[bytes]
+
+    @contextmanager
+    def alone(self, other: Gateway) -> Iterator[None]:
+        """While ``other`` stands still."""
+        other.running.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            other.running.send_signal(signal.SIGCONT)
 
 
 @contextmanager
@@ -75,7 +93,7 @@ def mock(folder: Path) -> Iterator[str]:
 
 
 @contextmanager
-def tiebreak(folder: Path, upstream: str) -> Iterator[str]:
+def tiebreak(folder: Path, upstream: str) -> Iterator[Gateway]:
     """Our router on its own Redis, told of one replica: the mock."""
     server = RedisServer(folder)
     server.start()
@@ -99,14 +117,14 @@ def tiebreak(folder: Path, upstream: str) -> Iterator[str]:
     )
     command = [sys.executable, "-m", "router", "--config", str(folder / "config.toml")]
     try:
-        with process(command, GATEWAY_CORE, folder / "router.log"):
-            yield f"http://127.0.0.1:{port}"
+        with process(command, GATEWAY_CORE, folder / "router.log") as running:
+            yield Gateway(f"http://127.0.0.1:{port}", running)
     finally:
         server.kill()
 
 
 @contextmanager
-def litellm(folder: Path, upstream: str) -> Iterator[str]:
+def litellm(folder: Path, upstream: str) -> Iterator[Gateway]:
     """LiteLLM's proxy with its key check, told of one OpenAI-compatible model: the mock."""
     port = free_port()
     model = {"model": "openai/mock", "api_base": f"{upstream}/v1", "api_key": "none"}
@@ -118,8 +136,8 @@ def litellm(folder: Path, upstream: str) -> Iterator[str]:
     program = _litellm_program()
     command = [str(program), "--config", str(folder / "litellm.json"), "--port", str(port), "--num_workers", "1"]
     quiet = {"LITELLM_LOG": "ERROR", "LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_TELEMETRY": "False"}
-    with process(command, GATEWAY_CORE, folder / "litellm.log", **quiet):
-        yield f"http://127.0.0.1:{port}"
+    with process(command, GATEWAY_CORE, folder / "litellm.log", **quiet) as running:
+        yield Gateway(f"http://127.0.0.1:{port}", running)
 
 
 def _litellm_program() -> Path:
@@ -196,32 +214,34 @@ async def main() -> None:
     with tempfile.TemporaryDirectory(prefix="tiebreak-gateway-") as name:
         folder = Path(name)
         with mock(folder) as upstream, tiebreak(folder, upstream) as ours, litellm(folder, upstream) as theirs:
-            await wait_for(ours, SINGLE)
-            await wait_for(theirs, SINGLE)
+            await wait_for(ours.url, SINGLE)
+            await wait_for(theirs.url, SINGLE)
             async with aiohttp.ClientSession(headers={"Authorization": f"Bearer {KEY}"}) as http:
-                await http.put(f"{ours}/v1/users/user-1/consent", json={"pairing": True})
-            await wait_for(ours, PAIR)
+                await http.put(f"{ours.url}/v1/users/user-1/consent", json={"pairing": True})
+            await wait_for(ours.url, PAIR)
             record.save("gateway", "make bench-gateway", await measure(ours, theirs, upstream, folder))
 
 
-async def measure(ours: str, theirs: str, upstream: str, folder: Path) -> list[dict[str, Any]]:
+async def measure(ours: Gateway, theirs: Gateway, upstream: str, folder: Path) -> list[dict[str, Any]]:
     cases = {
-        "ours": (ours, SINGLE),
-        "litellm": (theirs, SINGLE),
-        "pair": (ours, PAIR),
-        "our stream": (ours, STREAM),
-        "their stream": (theirs, STREAM),
+        "ours": (ours, theirs, SINGLE),
+        "litellm": (theirs, ours, SINGLE),
+        "pair": (ours, theirs, PAIR),
+        "our stream": (ours, theirs, STREAM),
+        "their stream": (theirs, ours, STREAM),
     }
     rates: dict[str, list[float]] = {name: [] for name in cases}
     for _ in range(ROUNDS):
-        for name, (url, body) in cases.items():
-            rates[name].append(wrk(url, body, folder))
+        for name, (gateway, other, body) in cases.items():
+            with gateway.alone(other):
+                rates[name].append(wrk(gateway.url, body, folder))
     middle = {name: statistics.median(values) for name, values in rates.items()}
     half = middle["ours"] / 2
     through, direct = [], []
-    for _ in range(3):
-        through += await latencies(ours, SINGLE, half)
-        direct += await latencies(upstream, SINGLE, half)
+    with ours.alone(theirs):
+        for _ in range(3):
+            through += await latencies(ours.url, SINGLE, half)
+            direct += await latencies(upstream, SINGLE, half)
     added = {q: 1000 * (record.quantile(through, q) - record.quantile(direct, 0.5)) for q in (0.5, 0.99)}
     detail = {"per_second": middle, "rounds": rates, "connections": CONNECTIONS, "baseline": LITELLM}
     return [
