@@ -51,6 +51,29 @@ class _TryAnother(Exception):
         self.is_stale = is_stale
 
 
+class RetryBudget:
+    """How many requests may be asked again: a tenth of all, so that a fleet in trouble gets no second wave.
+
+    ``reserve`` retries are there from the start and the most that can be saved up (as in Finagle's RetryBudget).
+    """
+
+    def __init__(self, ratio: float = 0.1, reserve: float = 10.0) -> None:
+        self._ratio = ratio
+        self._reserve = reserve
+        self._left = reserve
+
+    def earn(self) -> None:
+        """A request came."""
+        self._left = min(self._reserve, self._left + self._ratio)
+
+    def spend(self) -> bool:
+        """Whether one more may be asked again; if so, it is paid for."""
+        if self._left < 1.0:
+            return False
+        self._left -= 1.0
+        return True
+
+
 class ReplicaPool:
     """Every replica of every base, as the tables name them."""
 
@@ -58,6 +81,7 @@ class ReplicaPool:
         self._tables = tables
         self._ready_wait_s = ready_wait_s
         self._in_flight: Counter[str] = Counter()
+        self._budget = RetryBudget()
         self._prefixes = PrefixMemory()
         # (replica, version) → age of the table that was wrong, and when that was found
         self._stale: dict[tuple[str, str], tuple[float, float]] = {}
@@ -73,9 +97,11 @@ class ReplicaPool:
     async def generate(self, base: str, request: GenerateRequest) -> AsyncGenerator[list[Chunk]]:
         """Chunks as they arrive, several at a time; the first is retried once elsewhere, later ones never.
 
-        Raises a RouterError. Closing the generator cancels the generation.
+        A replica that cannot have begun (no connection, no such version) is passed over for nothing; a retry after a
+        refusal or a broken connection is paid from the budget. Raises a RouterError. Closing the generator cancels.
         """
         tried: set[str] = set()
+        self._budget.earn()
         for attempt in range(TRIES):
             replica = await self._pick(base, request, tried)
             has_begun = False
@@ -91,7 +117,8 @@ class ReplicaPool:
                 if failure.is_stale:
                     mark = (self._tables.replicas.updated_at_s, time.monotonic())
                     self._stale[replica.replica_id, request.version] = mark
-                if has_begun or attempt == TRIES - 1:
+                may_retry = not has_begun and attempt < TRIES - 1
+                if not (may_retry and (failure.is_stale or self._budget.spend())):
                     raise failure.error from failure
                 await self._tables.refresh()
             finally:

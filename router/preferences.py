@@ -138,7 +138,8 @@ class Preferences:
             claim = earlier.claim
             _check(claim, body, caller)
             if earlier.durable:
-                return receipt(claim.event, claim.choice, earlier.durable, replayed=True)
+                status = await self._book.status(claim.event.event_id)
+                return receipt(claim.event, claim.choice, earlier.durable, replayed=True, status=status)
             trace = (claim.event.trace_id, claim.event.span_id)
         else:
             shown = _judgeable(pair, ticket, caller)

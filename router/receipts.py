@@ -49,12 +49,14 @@ def revealed(event: PreferenceRecorded) -> RevealedPair:
     return RevealedPair(_reveal(a), _reveal(b))
 
 
-def receipt(event: PreferenceRecorded, choice: Choice, durable: str, *, replayed: bool) -> Receipt:
+def receipt(
+    event: PreferenceRecorded, choice: Choice, durable: str, *, replayed: bool, status: str = "accepted"
+) -> Receipt:
     """What the verdict's giver gets."""
     return Receipt(
         id=event.event_id,
         pair_id=event.pair_id,
-        status="accepted",
+        status=status,
         choice=choice,
         accepted_at=event.occurred_at,
         durable=durable,
@@ -99,6 +101,11 @@ class ReceiptBook:
         except (RedisError, OSError) as error:
             log.warning("verdict not marked: %s", error, extra={"action": "verdict_not_marked", "id": event.event_id})
 
+    async def status(self, preference_id: str) -> str:
+        """How far an acknowledged verdict has come, in one word."""
+        fields = await cast(Any, self._redis.hgetall(receipt_key(preference_id)))
+        return _status({stage.stage for stage in timeline(fields)})
+
     async def read(self, preference_id: str, caller: Caller) -> Timeline:
         """How far the verdict has come. Raises NotFound, Forbidden or Unavailable."""
         try:
@@ -106,11 +113,10 @@ class ReceiptBook:
         except (RedisError, OSError) as error:
             raise _unreadable() from error
         stages = tuple(timeline(fields))
-        reached = {stage.stage for stage in stages}
         return Timeline(
             id=preference_id,
             pair_id=fields[b"pair_id"].decode(),
-            status=next((status for status in STATUSES if status in reached), "accepted"),
+            status=_status({stage.stage for stage in stages}),
             choice=verdict.claim.choice if verdict else None,
             stages=stages,
             revealed=revealed(verdict.claim.event) if verdict else None,
@@ -147,6 +153,10 @@ class ReceiptBook:
         if verdict and verdict.claim.caller != caller.name:
             raise Forbidden("This verdict was given with another key.")
         return fields, verdict
+
+
+def _status(reached: set[str]) -> str:
+    return next((status for status in STATUSES if status in reached), "accepted")
 
 
 def _reveal(side: Completion) -> Revealed:

@@ -12,6 +12,10 @@ import aiohttp
 import msgspec
 import pytest
 from msgspec.structs import replace
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 
 from serving.echo_engine import EchoEngine
 from serving.engine import ChunkStream
@@ -231,6 +235,21 @@ async def test_a_replica_that_is_gone_is_passed_over(stack: Stack) -> None:
     await stack.publish(replicas=[gone, *stack.replicas])
     answers = await asyncio.gather(*(stack.ask() for _ in range(40)))
     assert {status for status, _, _ in answers} == {200}
+
+
+async def test_a_fleet_that_refuses_gets_no_second_wave(stack: Stack) -> None:
+    asked = 0
+
+    async def refuse(_: Request) -> Response:
+        nonlocal asked
+        asked += 1
+        return Response("full", 503)
+
+    async with serving_on_loopback(Starlette(routes=[Route("/v1/generate", refuse, methods=["POST"])])) as url:
+        await stack.publish(replicas=[replica(url, stack.engine.base_version, STABLE, name=f"r{i}") for i in range(2)])
+        answers = [await stack.ask() for _ in range(100)]
+    assert {(status, body["error"]["code"]) for status, body, _ in answers} == {(503, "overloaded")}
+    assert 115 <= asked <= 120, "a tenth, and a reserve of ten"
 
 
 async def test_a_replica_without_the_version_is_passed_over(stack: Stack, telemetry_config: TelemetryConfig) -> None:

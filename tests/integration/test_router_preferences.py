@@ -303,6 +303,8 @@ async def test_a_receipt_can_be_followed_and_taken_back_once(stack: Stack) -> No
     assert answers[0][1]["status"] == "retracted"
     [event] = await stack.events(PreferenceRetracted, expected=1)
     assert (event.preference_id, event.pair_id) == (receipt["id"], receipt["pair_id"])
+    status, again = await stack.click(answer, "b")
+    assert (status, again["replayed"], again["status"]) == (200, True, "retracted"), "it stays taken back, and says so"
 
 
 async def test_what_the_recorder_projects_shows_in_the_timeline(stack: Stack) -> None:
