@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 TRIES = 2
 CONNECT_S = 2.0
 STALE_S = 2.0
+TELL_EVERY_S = 1.0
 IMBALANCE = 4  # requests that the reader of a prompt's prefix may have in flight beyond another replica's
 READ_BUFFER_BYTES = 1 << 20
 _encoder = msgspec.json.Encoder()
@@ -54,10 +55,11 @@ class _TryAnother(Exception):
 class RetryBudget:
     """How many requests may be asked again: a tenth of all, so that a fleet in trouble gets no second wave.
 
-    ``reserve`` retries are there from the start and the most that can be saved up (as in Finagle's RetryBudget).
+    ``reserve`` retries are there from the start and the most that can be saved up (a token bucket, as gRPC's retry
+    throttling): enough for all that wait at a replica that dies.
     """
 
-    def __init__(self, ratio: float = 0.1, reserve: float = 10.0) -> None:
+    def __init__(self, ratio: float = 0.1, reserve: float = 64.0) -> None:
         self._ratio = ratio
         self._reserve = reserve
         self._left = reserve
@@ -82,6 +84,7 @@ class ReplicaPool:
         self._ready_wait_s = ready_wait_s
         self._in_flight: Counter[str] = Counter()
         self._budget = RetryBudget()
+        self._told_at_s = 0.0
         self._prefixes = PrefixMemory()
         # (replica, version) → age of the table that was wrong, and when that was found
         self._stale: dict[tuple[str, str], tuple[float, float]] = {}
@@ -144,11 +147,14 @@ class ReplicaPool:
 
     def _tell_missing(self, base: str, version: str) -> None:
         table = self._tables.replicas
+        if time.monotonic() - self._told_at_s < TELL_EVERY_S:
+            return
+        self._told_at_s = time.monotonic()
         known = {replica.replica_id: (replica.is_ready, replica.versions) for replica in table.replicas}
         log.warning(
             "no replica of %s holds %s: known %s, table %.1f s old, left out %s",
             base, version, known, time.time() - table.updated_at_s, sorted(self._stale),
-            extra={"action": "no_replica", "version": version},
+            extra={"action": "no_replica", "base": base, "version": version},
         )  # fmt: skip
 
     def _is_stale(self, replica: Replica, version: str) -> bool:

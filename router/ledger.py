@@ -10,6 +10,7 @@ import asyncio
 import logging
 from collections.abc import Coroutine
 from concurrent.futures import Future
+from itertools import islice
 from typing import Any, Final, Literal
 
 import msgspec
@@ -47,7 +48,7 @@ class Ledger:
         self._redis = redis
         self._pairs = pairs
         self._completion_ttl_s = int(completion_ttl_s)
-        self._memories: list[tuple[str, RememberedCompletion]] = []  # waiting for the one task that writes them
+        self._memories: dict[str, RememberedCompletion] = {}  # by key; waiting for the one task that writes them
         self._is_writing = False
         self._background: set[asyncio.Task[None]] = set()
 
@@ -113,7 +114,8 @@ class Ledger:
 
     async def recall_completion(self, completion_id: str) -> RememberedCompletion | None:
         """The single answer, or None when it is unknown or too old."""
-        await self.settled()
+        if waiting := self._memories.get(COMPLETION_KEY + completion_id):
+            return waiting
         payload = await self._redis.get(COMPLETION_KEY + completion_id)
         return None if payload is None else msgspec.json.decode(payload, type=RememberedCompletion)
 
@@ -126,29 +128,35 @@ class Ledger:
         kept = RememberedCompletion(
             exchange.policy, exchange.user, exchange.caller, exchange.prompt, answer.completion()
         )
-        self._memories.append((COMPLETION_KEY + answer.completion_id, kept))
+        self._memories[COMPLETION_KEY + answer.completion_id] = kept
         if not self._is_writing:
             self._is_writing = True
             self.in_background(self._write_memories())
 
     async def _write_memories(self) -> None:
-        """What gathers while Redis syncs goes out together."""
-        while self._memories:
-            pipeline = self._redis.pipeline(transaction=False)
-            batch, self._memories[:] = self._memories[:MEMORY_BATCH], self._memories[MEMORY_BATCH:]
-            for key, kept in batch:
-                pipeline.set(key, msgspec.json.encode(kept), ex=self._completion_ttl_s)
-            try:
+        """What gathers while Redis syncs goes out together; when Redis is away, what waits is let go."""
+        try:
+            while self._memories:
+                batch = dict(islice(self._memories.items(), MEMORY_BATCH))
+                pipeline = self._redis.pipeline(transaction=False)
+                for key, kept in batch.items():
+                    pipeline.set(key, msgspec.json.encode(kept), ex=self._completion_ttl_s)
                 await pipeline.execute()
-            except (RedisError, OSError) as error:
-                log.warning("no thumb possible: %s", error, extra={"action": "completion_not_remembered"})
-        self._is_writing = False
+                for key in batch:
+                    del self._memories[key]
+        except (RedisError, OSError) as error:
+            lost = len(self._memories)
+            self._memories.clear()
+            log.warning("no thumb for %d answers: %s", lost, error, extra={"action": "completion_not_remembered"})
+        finally:
+            self._is_writing = False
 
-    def in_background(self, work: Coroutine[Any, Any, None]) -> None:
+    def in_background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Run what no client waits for; it deals with its own errors."""
         task = asyncio.create_task(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
+        return task
 
 
 def _count(answer: Answer) -> None:

@@ -160,7 +160,8 @@ class Preferences:
             claim, durable, is_ours = await self._try_claim(claim)
             _check(claim, body, caller)
             if durable:
-                return receipt(claim.event, claim.choice, durable, replayed=True)
+                status = await self._book.status(claim.event.event_id)
+                return receipt(claim.event, claim.choice, durable, replayed=True, status=status)
             if is_ours:
                 return await self._append(claim)
             await asyncio.sleep(POLL_S)
@@ -181,7 +182,7 @@ class Preferences:
         except Exception:  # re-raised: the next try need not wait for the lease to end
             await self._redis.delete(lock)
             raise
-        self._ledger.in_background(self._book.accept(event, durable, lock))
+        self._book.accept(event, durable, lock)
         count_verdict(event)
         return receipt(event, claim.choice, durable, replayed=False)
 

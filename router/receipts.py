@@ -6,6 +6,7 @@ The router writes a receipt's first lines at acknowledgement; the recorder adds 
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from typing import Any, Final, cast
 
@@ -72,6 +73,7 @@ class ReceiptBook:
     def __init__(self, redis: Redis, ledger: Ledger) -> None:
         self._redis = redis
         self._ledger = ledger
+        self._marks: dict[str, asyncio.Task[None]] = {}  # under way, by preference id
 
     async def verdict(self, pair_id: str) -> Verdict | None:
         """The pair's claim, if there is one."""
@@ -80,11 +82,17 @@ class ReceiptBook:
             return None
         return Verdict(msgspec.json.decode(claim, type=Claim), (durable or b"").decode())
 
-    async def accept(self, event: PreferenceRecorded, durable: str, lock: str) -> None:
+    def accept(self, event: PreferenceRecorded, durable: str, lock: str) -> None:
         """The event is durable: from here on the same verdict is a replay; ``lock`` is let go with it.
 
-        A mark that fails is logged only: the recorder writes the receipt, too, and a replay appends the same event.
+        Written behind the answer. A mark that fails is logged only: the recorder writes the receipt soon (until then it
+        is not found), and the same verdict sent again appends the same event (its metric then counts it twice).
         """
+        mark = self._ledger.in_background(self._mark(event, durable, lock))
+        self._marks[event.event_id] = mark
+        mark.add_done_callback(lambda _: self._marks.pop(event.event_id, None))
+
+    async def _mark(self, event: PreferenceRecorded, durable: str, lock: str) -> None:
         fields = {
             "pair_id": event.pair_id,
             "user": event.user,
@@ -145,7 +153,8 @@ class ReceiptBook:
         await cast(Any, self._redis.hsetnx(key, "retracted_at", at))
 
     async def _find(self, preference_id: str, caller: Caller) -> tuple[dict[bytes, bytes], Verdict | None]:
-        await self._ledger.settled()  # a mark may still be under way
+        if mark := self._marks.get(preference_id):
+            await asyncio.wait({mark})
         fields = await cast(Any, self._redis.hgetall(receipt_key(preference_id)))
         if b"accepted_at" not in fields:
             raise NotFound("There is no such preference.", code="preference_not_found")

@@ -148,7 +148,7 @@ class Fleet:
     async def _publish(self, table: ReplicaTable) -> None:
         """Write what has changed at once, and the load now and then."""
         shape = [replace(replica, in_flight=0, in_flight_by_version={}) for replica in table.replicas]
-        if shape == self._published and table.updated_at_s - self._published_at_s < REPEAT_S:
+        if shape == self._published and 0 <= table.updated_at_s - self._published_at_s < REPEAT_S:
             return
         try:
             await self._redis.set(REPLICAS_KEY, msgspec.json.encode(table))

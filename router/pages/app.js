@@ -103,7 +103,8 @@ function finishTurn(turn, served) {
   turns.push(turn);
   if (turn.pair) {
     view.askForVerdict(turn, (choice) => decide(turn, choice));
-    if (coveredHeight(turn.view.foot) < NUDGE) turn.view.foot.scrollIntoView({ block: "nearest" });
+    const covered = coveredHeight(turn.view.foot);
+    if (covered > 0 && covered < NUDGE) scrollBy(0, covered + 12);
     announce("Two answers are ready. Press 1 or 2 for the one you prefer, 0 for a tie.");
     if (!page.prompt.value && hasKeyboard) turn.view.root.focus({ preventScroll: true });
   } else {

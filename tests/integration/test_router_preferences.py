@@ -263,6 +263,8 @@ async def test_an_append_whose_acknowledgement_was_lost_is_repeated_under_the_sa
     async with running_stack(telemetry_config) as stack:
         answer = await stack.pair()
         _, first = await stack.click(answer, "a")
+        async with stack.http.get(first["links"]["self"]) as response:
+            assert response.status == 200, "the mark is written"
         await stack.redis.hdel(f"tiebreak:verdict:{answer['preference']['pair_id']}", "durable")  # type: ignore[misc]
         status, second = await stack.click(answer, "a")
         assert status == 201

@@ -71,8 +71,8 @@ async def test_an_unwanted_version_stays_until_every_router_has_read_the_new_tab
         begun.append(step)
 
     monkeypatch.setattr(Fleet, "_carry_out", carry_out)
-    async with aiohttp.ClientSession() as session:
-        fleet = Fleet({}, _nowhere, Redis(), session)
+    async with aiohttp.ClientSession() as session, Redis() as nothing:
+        fleet = Fleet({}, _nowhere, nothing, session)
         unload, load = steps_for({"v2": "main"}, status("v1"))
 
         async def look(*steps: Step) -> list[str]:
