@@ -49,7 +49,7 @@ class Ledger:
         self._pairs = pairs
         self._completion_ttl_s = int(completion_ttl_s)
         self._memories: dict[str, RememberedCompletion] = {}  # by key; waiting for the one task that writes them
-        self._is_writing = False
+        self._writer: asyncio.Task[None] | None = None
         self._background: set[asyncio.Task[None]] = set()
 
     async def durable(self, event: AnyEvent) -> Literal["log", "outbox"]:
@@ -129,9 +129,8 @@ class Ledger:
             exchange.policy, exchange.user, exchange.caller, exchange.prompt, answer.completion()
         )
         self._memories[COMPLETION_KEY + answer.completion_id] = kept
-        if not self._is_writing:
-            self._is_writing = True
-            self.in_background(self._write_memories())
+        if self._writer is None or self._writer.done():
+            self._writer = self.in_background(self._write_memories())
 
     async def _write_memories(self) -> None:
         """What gathers while Redis syncs goes out together; when Redis is away, what waits is let go."""
@@ -148,8 +147,6 @@ class Ledger:
             lost = len(self._memories)
             self._memories.clear()
             log.warning("no thumb for %d answers: %s", lost, error, extra={"action": "completion_not_remembered"})
-        finally:
-            self._is_writing = False
 
     def in_background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Run what no client waits for; it deals with its own errors."""

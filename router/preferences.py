@@ -138,8 +138,7 @@ class Preferences:
             claim = earlier.claim
             _check(claim, body, caller)
             if earlier.durable:
-                status = await self._book.status(claim.event.event_id)
-                return receipt(claim.event, claim.choice, earlier.durable, replayed=True, status=status)
+                return await self._replayed(claim, earlier.durable)
             trace = (claim.event.trace_id, claim.event.span_id)
         else:
             shown = _judgeable(pair, ticket, caller)
@@ -160,12 +159,15 @@ class Preferences:
             claim, durable, is_ours = await self._try_claim(claim)
             _check(claim, body, caller)
             if durable:
-                status = await self._book.status(claim.event.event_id)
-                return receipt(claim.event, claim.choice, durable, replayed=True, status=status)
+                return await self._replayed(claim, durable)
             if is_ours:
                 return await self._append(claim)
             await asyncio.sleep(POLL_S)
         raise Unavailable("This verdict is being recorded by another request.", retry_after_s=1.0)
+
+    async def _replayed(self, claim: Claim, durable: str) -> Receipt:
+        status = await self._book.status(claim.event.event_id)
+        return receipt(claim.event, claim.choice, durable, replayed=True, status=status)
 
     async def _try_claim(self, claim: Claim) -> tuple[Claim, str, bool]:
         keys = [VERDICT_KEY + claim.event.pair_id, LOCK_KEY + claim.event.pair_id]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Iterable
 from typing import Any, Final, cast
 
 import msgspec
@@ -20,7 +21,7 @@ from router.ledger import Ledger
 from router.pairs import derived_id
 from router.schema import Choice, Links, Receipt, Revealed, RevealedPair, Timeline
 from telemetry.events import Completion, PreferenceRecorded, PreferenceRetracted, utc_now
-from telemetry.receipts import receipt_key, timeline
+from telemetry.receipts import Stage, receipt_key, timeline
 
 log = logging.getLogger(__name__)
 VERDICT_KEY: Final = "tiebreak:verdict:"
@@ -112,7 +113,7 @@ class ReceiptBook:
     async def status(self, preference_id: str) -> str:
         """How far an acknowledged verdict has come, in one word."""
         fields = await cast(Any, self._redis.hgetall(receipt_key(preference_id)))
-        return _status({stage.stage for stage in timeline(fields)})
+        return _status(timeline(fields))
 
     async def read(self, preference_id: str, caller: Caller) -> Timeline:
         """How far the verdict has come. Raises NotFound, Forbidden or Unavailable."""
@@ -124,7 +125,7 @@ class ReceiptBook:
         return Timeline(
             id=preference_id,
             pair_id=fields[b"pair_id"].decode(),
-            status=_status({stage.stage for stage in stages}),
+            status=_status(stages),
             choice=verdict.claim.choice if verdict else None,
             stages=stages,
             revealed=revealed(verdict.claim.event) if verdict else None,
@@ -164,7 +165,8 @@ class ReceiptBook:
         return fields, verdict
 
 
-def _status(reached: set[str]) -> str:
+def _status(stages: Iterable[Stage]) -> str:
+    reached = {stage.stage for stage in stages}
     return next((status for status in STATUSES if status in reached), "accepted")
 
 

@@ -32,6 +32,7 @@ def row(
         "bar": bar,
         "better": better,
         "holds": holds,
+        "commit": _commit(),
         "baseline": detail.pop("baseline", None),
         "detail": detail,
     }
@@ -42,7 +43,6 @@ def save(bench: str, command: str, rows: list[dict[str, Any]]) -> None:
     machine = {"cores": os.cpu_count(), "cpu": _cpu(), "python": platform.python_version(), "gpu": None}
     document = {
         "command": command,
-        "commit": _commit(),
         "machine": machine,
         "versions": {package: version(package) for package in PACKAGES},
         "rows": rows,

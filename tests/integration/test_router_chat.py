@@ -272,9 +272,12 @@ async def test_a_request_waits_for_a_version_that_is_being_loaded(telemetry_conf
         assert (await asked)[0] == 200
 
 
-async def test_without_a_replica_a_request_is_refused_for_now(stack: Stack) -> None:
+async def test_without_a_replica_a_request_is_refused_for_now_and_the_log_says_what_is_known(
+    stack: Stack, caplog: pytest.LogCaptureFixture
+) -> None:
     await stack.publish(replicas=[])
     status, body, headers = await stack.ask()
+    assert f"holds {STABLE}: known {{}}" in caplog.text
     assert (status, body["error"]["code"], headers["Retry-After"]) == (503, "no_replica", "2")
     async with stack.http.get("/health/ready") as response:
         assert response.status == 503

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from opentelemetry import trace
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from telemetry import tracing
 
@@ -15,6 +16,18 @@ def test_ids_exist_without_any_configuration() -> None:
         trace_id, span_id = tracing.ids()
     assert (len(trace_id), len(span_id)) == (32, 16)
     assert tracing.ids() == ("", "")
+
+
+def test_spans_are_filled_only_where_they_are_exported() -> None:
+    tracing.configure("tests")
+    with tracing.span("work") as span:
+        assert not span.is_recording()
+        assert span.get_span_context().is_valid
+    provider = tracing.configure("tests", exporter=InMemorySpanExporter())
+    with tracing.span("work") as span:
+        assert span.is_recording()
+    provider.shutdown()
+    tracing.configure("tests")
 
 
 def test_a_span_continues_the_ids_of_an_event() -> None:

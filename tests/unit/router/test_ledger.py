@@ -1,0 +1,105 @@
+"""Answers kept for a thumb: found before they are written, written together, let go when Redis is away."""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import Future
+from typing import Any
+
+import pytest
+from redis.exceptions import ConnectionError as RedisAway
+
+from router.arms import Arm
+from router.exchange import Answer, Exchange
+from router.ledger import Ledger
+from router.schema import ChatRequest
+from serving.wire import Chunk, Sampling
+
+ARM = Arm("main", "tiny", "v", "stable", 1.0, 1.0)
+
+
+class Redis:
+    """Takes pipelines of SET, each when ``let_go`` is set."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[str]] = []
+        self.let_go = asyncio.Event()
+        self.is_away = False
+
+    def pipeline(self, **_: Any) -> Pipeline:
+        return Pipeline(self)
+
+    async def get(self, _: str) -> None:
+        return None
+
+
+class Pipeline:
+    def __init__(self, redis: Redis) -> None:
+        self._redis = redis
+        self._keys: list[str] = []
+
+    def set(self, key: str, _: bytes, *, ex: int) -> None:
+        self._keys.append(key)
+
+    async def execute(self) -> None:
+        await self._redis.let_go.wait()
+        if self._redis.is_away:
+            raise RedisAway("away")
+        self._redis.batches.append(self._keys)
+
+
+class Log:
+    """An event log that nobody asks."""
+
+    def append(self, *_: object) -> Any:
+        return Future()
+
+
+def answered(ledger: Ledger, name: str) -> None:
+    answer = Answer(name, ARM, Sampling(max_tokens=1), 0.0)
+    answer.take(Chunk(0, "v", finish_reason="stop"), 1.0)
+    exchange = Exchange(
+        request=ChatRequest(model="chat", messages=()),
+        request_id="r",
+        id=name,
+        created=0,
+        policy="chat",
+        user="",
+        caller="",
+        prompt=(),
+        propensity=1.0,
+    )
+    exchange.answers = exchange.shown = [answer]
+    ledger.close_exchange(exchange)
+
+
+async def test_an_answer_can_be_rated_before_it_is_written_and_those_that_gather_go_together() -> None:
+    redis = Redis()
+    ledger = Ledger(Log(), redis, None, completion_ttl_s=60)  # type: ignore[arg-type]
+    answered(ledger, "one")
+    await asyncio.sleep(0)  # its write begins, and waits
+    answered(ledger, "two")
+    answered(ledger, "three")
+    found = await ledger.recall_completion("three")
+    assert found is not None and found.completion.completion_id == "three"
+    redis.let_go.set()
+    await ledger.settled()
+    assert [[key.rpartition(":")[2] for key in batch] for batch in redis.batches] == [["one"], ["two", "three"]]
+    assert await ledger.recall_completion("three") is None, "from now on Redis knows it"
+
+
+async def test_what_cannot_be_written_is_let_go_and_the_next_answer_is_tried_again(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    redis = Redis()
+    redis.is_away = True
+    redis.let_go.set()
+    ledger = Ledger(Log(), redis, None, completion_ttl_s=60)  # type: ignore[arg-type]
+    answered(ledger, "one")
+    await ledger.settled()
+    assert "no thumb for 1 answers" in caplog.text
+    assert await ledger.recall_completion("one") is None
+    redis.is_away = False
+    answered(ledger, "two")
+    await ledger.settled()
+    assert len(redis.batches) == 1

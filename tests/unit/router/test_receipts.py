@@ -1,0 +1,91 @@
+"""A verdict's mark follows its acknowledgement: who reads waits for it, and its loss is no error."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from redis.exceptions import ConnectionError as RedisAway
+
+from router.admission import OPEN_CALLER
+from router.errors import NotFound
+from router.ledger import Ledger
+from router.receipts import ReceiptBook
+from telemetry.events import Completion, PreferenceRecorded, utc_now
+
+
+class Redis:
+    """Hashes, and a pipeline that waits for ``let_go`` and then writes them, or fails."""
+
+    def __init__(self, *, fails: bool = False) -> None:
+        self.hashes: dict[str, dict[bytes, bytes]] = {}
+        self.let_go = asyncio.Event()
+        self._fails = fails
+        self._queued: list[tuple[str, str, str]] = []
+
+    def pipeline(self, **_: Any) -> Redis:
+        return self
+
+    async def __aenter__(self) -> Redis:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Nothing to close."""
+
+    def hsetnx(self, key: str, field: str, value: str) -> None:
+        self._queued.append((key, field, value))
+
+    hset = hsetnx
+
+    def delete(self, _: str) -> None:
+        """The lock is no hash."""
+
+    async def execute(self) -> None:
+        await self.let_go.wait()
+        if self._fails:
+            raise RedisAway("away")
+        for key, field, value in self._queued:
+            self.hashes.setdefault(key, {})[field.encode()] = value.encode()
+
+    async def hgetall(self, key: str) -> dict[bytes, bytes]:
+        return self.hashes.get(key, {})
+
+    async def hmget(self, key: str, fields: list[str]) -> list[bytes | None]:
+        return [self.hashes.get(key, {}).get(field.encode()) for field in fields]
+
+
+def book_on(redis: Any) -> ReceiptBook:
+    return ReceiptBook(redis, Ledger(None, redis, None, completion_ttl_s=1))  # type: ignore[arg-type]
+
+
+def verdict() -> PreferenceRecorded:
+    side = Completion("c", "text", "main", "v", "stable", "stop", 1, 1, 0.1, 0.1, 1.0, 1.0)
+    return PreferenceRecorded(
+        pair_id="p", policy="chat", user="u", prompt=(), chosen=side, rejected=side, outcome="skip",
+        chosen_position="", propensity=1.0, shown_at=utc_now(), decided_s=1.0,
+    )  # fmt: skip
+
+
+async def test_a_receipt_that_is_read_at_once_waits_for_its_mark() -> None:
+    redis = Redis()
+    book, event = book_on(redis), verdict()
+    book.accept(event, "log", "lock")
+    reading = asyncio.create_task(book.read(event.event_id, OPEN_CALLER))
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert not reading.done()
+    redis.let_go.set()
+    assert (await reading).status == "accepted"
+
+
+async def test_a_lost_mark_is_logged_and_its_receipt_is_the_recorders_to_write(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    redis = Redis(fails=True)
+    book, event = book_on(redis), verdict()
+    redis.let_go.set()
+    book.accept(event, "log", "lock")
+    with pytest.raises(NotFound):
+        await book.read(event.event_id, OPEN_CALLER)
+    assert "verdict not marked" in caplog.text
