@@ -11,6 +11,7 @@ import binascii
 import hashlib
 import hmac
 import uuid
+from collections import OrderedDict
 from typing import Final
 
 import msgspec
@@ -20,6 +21,7 @@ from router.errors import InvalidToken
 from telemetry.events import PairShown
 
 PAIR_KEY: Final = "tiebreak:pair:"
+RECENT_PAIRS: Final = 1024  # kept in memory: some kB each
 _LATE_S: Final = 600  # a pair outlives its token a little, so that late verdicts get a clear answer
 _NAMESPACE: Final = uuid.UUID("6f0c9a52-3a0e-5a55-9e0e-6d2f3f6c7b11")
 _SCOPE: Final = b"tiebreak-pair:"
@@ -82,15 +84,23 @@ def _signature(key: bytes, payload: bytes) -> str:
 
 
 class PairMemory:
-    """Pairs as shown, in Redis, until they expire."""
+    """Pairs as shown, in Redis, until they expire; the last ones also here, so that a quick click reads nothing."""
 
     def __init__(self, redis: Redis, ttl_s: float) -> None:
         self._redis = redis
         self._ttl_s = int(ttl_s) + _LATE_S
+        self._recent: OrderedDict[str, RememberedPair] = OrderedDict()
 
     async def remember(self, pair: RememberedPair) -> None:
         """Keep ``pair``; from here on its verdict can be given."""
         await self._redis.set(PAIR_KEY + pair.shown.pair_id, msgspec.json.encode(pair), ex=self._ttl_s)
+        self._recent[pair.shown.pair_id] = pair
+        if len(self._recent) > RECENT_PAIRS:
+            self._recent.popitem(last=False)
+
+    def recent(self, pair_id: str) -> RememberedPair | None:
+        """The pair, if this process is the one that showed it, and not long ago."""
+        return self._recent.get(pair_id)
 
     async def recall(self, pair_id: str) -> RememberedPair | None:
         """The pair, or None when it was never complete or is long over."""

@@ -1,9 +1,9 @@
 """Verdicts: once per pair, acknowledged only when durable, whatever crashes in between.
 
-A verdict is claimed in Redis with its whole event (the first claim fixes the choice) and appended to the log under
-an event id that depends on the pair alone; then it is acknowledged, and marked so behind the answer. Without the mark
-the same verdict sent again appends the same event, and consumers deduplicate. ``a`` and ``b`` end here; from here
-on the words are chosen and rejected.
+A verdict is claimed with its whole event (the first claim fixes the choice) and appended to the log under an event id
+that depends on the pair alone (router/claims.py: one step where the log is embedded); then it is acknowledged. Without
+its mark the same verdict sent again appends the same event, and consumers deduplicate. ``a`` and ``b`` end here; from
+here on the words are chosen and rejected.
 """
 
 from __future__ import annotations
@@ -11,23 +11,21 @@ from __future__ import annotations
 import asyncio
 import time
 from datetime import datetime
-from typing import Final, cast
+from typing import Final
 
-import msgspec
 from opentelemetry.trace import SpanKind
-from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from router.admission import Caller
+from router.claims import Claim, Claims, Verdict
 from router.errors import Conflict, Forbidden, Gone, NotFound, Unavailable
 from router.ledger import Ledger
 from router.pairs import PairMemory, RememberedPair, Ticket, preference_id, pseudonym, read_ticket
-from router.receipts import VERDICT_KEY, Claim, ReceiptBook, receipt
+from router.receipts import ReceiptBook, receipt
 from router.schema import Choice, Receipt, VerdictRequest
 from telemetry import metrics, tracing
 from telemetry.events import Completion, Outcome, PairShown, PreferenceRecorded, utc_now
 
-LOCK_KEY: Final = "tiebreak:verdict-lock:"
 POLL_S: Final = 0.005
 
 OUTCOMES: Final[dict[Choice, Outcome]] = {
@@ -83,40 +81,25 @@ def _identity(side: Completion) -> tuple[str, str]:
     return side.variant, side.version
 
 
-# KEYS verdict, lock; ARGV claim, verdict's life in s, lease in ms → claim that holds, where it is durable, lock won
-_CLAIM: Final = """
-redis.call('HSETNX', KEYS[1], 'claim', ARGV[1])
-local kept = redis.call('HGET', KEYS[1], 'claim')
-local durable = redis.call('HGET', KEYS[1], 'durable')
-if durable then return {kept, durable, 0} end
-redis.call('EXPIRE', KEYS[1], ARGV[2])
-local won = redis.call('SET', KEYS[2], '1', 'NX', 'PX', ARGV[3])
-return {kept, '', won and 1 or 0}
-"""
-
-
 class Preferences:
     """Takes verdicts."""
 
     def __init__(
         self,
-        redis: Redis,
         *,
         key: bytes,
         pairs: PairMemory,
         ledger: Ledger,
+        claims: Claims,
         book: ReceiptBook,
-        verdict_ttl_s: float,
         lease_s: float,
     ) -> None:
-        self._redis = redis
         self._key = key
         self._pairs = pairs
         self._ledger = ledger
+        self._claims = claims
         self._book = book
-        self._ttl_s = int(verdict_ttl_s)
         self._lease_s = lease_s
-        self._claim = redis.register_script(_CLAIM)
 
     async def record(self, body: VerdictRequest, caller: Caller) -> Receipt:
         """The receipt of a durable verdict. Raises RouterError; then nothing was acknowledged."""
@@ -133,7 +116,7 @@ class Preferences:
         return answer
 
     async def _record(self, body: VerdictRequest, ticket: Ticket, caller: Caller) -> Receipt:
-        pair, earlier = await asyncio.gather(self._pairs.recall(body.pair_id), self._book.verdict(body.pair_id))
+        pair, earlier = await self._recall(ticket)
         if earlier is not None:
             claim = earlier.claim
             _check(claim, body, caller)
@@ -152,15 +135,25 @@ class Preferences:
             span.add_event("gen_ai.evaluation.result", {"preference.outcome": claim.event.outcome})
             return await self._settle(claim, body, caller)
 
+    async def _recall(self, ticket: Ticket) -> tuple[RememberedPair | None, Verdict | None]:
+        """The pair, and the verdict it has; of a pair just shown here, whether it has one is for the claim to tell."""
+        pair = self._pairs.recent(ticket.pair_id)
+        if pair is not None and not _is_over(ticket):
+            return pair, None
+        return await asyncio.gather(self._pairs.recall(ticket.pair_id), self._claims.verdict(ticket.pair_id))
+
     async def _settle(self, claim: Claim, body: VerdictRequest, caller: Caller) -> Receipt:
-        """Claim, append, mark; or wait for whoever does."""
+        """Claim, and append where that is not the same step; or wait for whoever does."""
         give_up_s = time.monotonic() + 2 * self._lease_s
         while time.monotonic() < give_up_s:
-            claim, durable, is_ours = await self._try_claim(claim)
+            made = await self._claims.make(claim)
+            claim = made.claim
             _check(claim, body, caller)
-            if durable:
-                return await self._replayed(claim, durable)
-            if is_ours:
+            if made.durable_before:
+                return await self._replayed(claim, made.durable_before)
+            if made.durable:
+                return _acknowledged(claim, made.durable)
+            if made.is_ours:
                 return await self._append(claim)
             await asyncio.sleep(POLL_S)
         raise Unavailable("This verdict is being recorded by another request.", retry_after_s=1.0)
@@ -169,24 +162,19 @@ class Preferences:
         status = await self._book.status(claim.event.event_id)
         return receipt(claim.event, claim.choice, durable, replayed=True, status=status)
 
-    async def _try_claim(self, claim: Claim) -> tuple[Claim, str, bool]:
-        keys = [VERDICT_KEY + claim.event.pair_id, LOCK_KEY + claim.event.pair_id]
-        lease_ms = int(self._lease_s * 1000)
-        answer = await self._claim(keys=keys, args=[msgspec.json.encode(claim), self._ttl_s, lease_ms])
-        kept, durable, won = cast(tuple[bytes, bytes, int], answer)
-        return msgspec.json.decode(kept, type=Claim), durable.decode(), bool(won)
-
     async def _append(self, claim: Claim) -> Receipt:
-        event = claim.event
-        lock = LOCK_KEY + event.pair_id
         try:
-            durable = await self._ledger.durable(event)
-        except Exception:  # re-raised: the next try need not wait for the lease to end
-            await self._redis.delete(lock)
+            durable = await self._ledger.durable(claim.event)
+        except Exception:  # re-raised
+            await self._claims.let_go(claim.event)
             raise
-        self._book.accept(event, durable, lock)
-        count_verdict(event)
-        return receipt(event, claim.choice, durable, replayed=False)
+        self._claims.mark(claim.event, durable)
+        return _acknowledged(claim, durable)
+
+
+def _acknowledged(claim: Claim, durable: str) -> Receipt:
+    count_verdict(claim.event)
+    return receipt(claim.event, claim.choice, durable, replayed=False)
 
 
 def _check(claim: Claim, body: VerdictRequest, caller: Caller) -> None:
@@ -197,9 +185,13 @@ def _check(claim: Claim, body: VerdictRequest, caller: Caller) -> None:
         raise Conflict(message, code="verdict_conflict", param="choice")
 
 
+def _is_over(ticket: Ticket) -> bool:
+    return time.time() > ticket.expires_at_s
+
+
 def _judgeable(pair: RememberedPair | None, ticket: Ticket, caller: Caller) -> PairShown:
     """The pair, if a first verdict on it may be given now."""
-    if time.time() > ticket.expires_at_s:
+    if _is_over(ticket):
         raise Gone("The time for a verdict on this pair is over.", code="pair_expired", param="token")
     if pair is None:
         message = "There is no such pair to judge: it was never complete, or one side was lost."

@@ -17,6 +17,7 @@ from router.admission import Admission, Caller, read_keys
 from router.arms import PairRatios
 from router.backends import ReplicaPool
 from router.chat import Chat, ChatSettings
+from router.claims import Claims
 from router.config import RouterConfig
 from router.consent import ConsentBook
 from router.ledger import Ledger
@@ -64,7 +65,8 @@ async def open_services(
     await tables.refresh()
     stop = asyncio.Event()
     polling = asyncio.create_task(tables.poll(config.table_poll_s, stop))
-    services = _wire(config, signing_key(telemetry.state_path), redis, outbox, tables, pool)
+    embedded_log = event_log is None and telemetry.log == "redis"
+    services = _wire(config, signing_key(telemetry.state_path), redis, outbox, tables, pool, embedded_log=embedded_log)
     try:
         yield services
     finally:
@@ -89,12 +91,20 @@ def _queueing(client: Redis, connections: int, timeout_s: float) -> Redis:
 
 
 def _wire(
-    config: RouterConfig, key: bytes, redis: Redis, outbox: OutboxLog, tables: Tables, pool: ReplicaPool
+    config: RouterConfig,
+    key: bytes,
+    redis: Redis,
+    outbox: OutboxLog,
+    tables: Tables,
+    pool: ReplicaPool,
+    *,
+    embedded_log: bool,
 ) -> Services:
     pairs = PairMemory(redis, config.pair_ttl_s)
     ledger = Ledger(outbox, redis, pairs, completion_ttl_s=config.completion_ttl_s)
     book = ConsentBook(redis, pairs_per_minute=config.pairs_per_minute)
-    receipts = ReceiptBook(redis, ledger)
+    claims = Claims(redis, ledger, ttl_s=config.verdict_ttl_s, lease_s=config.claim_lease_s, embedded_log=embedded_log)
+    receipts = ReceiptBook(redis, ledger, claims)
     admission = Admission(
         keys_of(config), max_in_flight=config.max_in_flight, max_in_flight_per_key=config.max_in_flight_per_key
     )
@@ -108,12 +118,11 @@ def _wire(
     )
     chat = Chat(settings, admission=admission, tables=tables, pool=pool, book=book, ledger=ledger, draw=random.Random())
     preferences = Preferences(
-        redis,
         key=key,
         pairs=pairs,
         ledger=ledger,
+        claims=claims,
         book=receipts,
-        verdict_ttl_s=config.verdict_ttl_s,
         lease_s=config.claim_lease_s,
     )
     return Services(

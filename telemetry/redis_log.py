@@ -52,6 +52,11 @@ def redis_id_of(offset: int) -> str:
     return f"{offset >> SEQUENCE_BITS}-{offset & ((1 << SEQUENCE_BITS) - 1)}"
 
 
+def stream_fields(key: str, payload: bytes) -> dict[Any, Any]:
+    """An entry as the stream holds it."""
+    return {KEY: key.encode(), PAYLOAD: payload}
+
+
 class RedisLog:
     """``EventLog`` on Redis Streams. Connects on first use; a lost connection is made again by itself."""
 
@@ -90,7 +95,7 @@ def _send(client: redis.Redis, group: list[Append]) -> list[Append]:
     """
     pipeline = client.pipeline(transaction=False)
     for item in group:
-        pipeline.xadd(item.topic, {KEY: item.key, PAYLOAD: item.payload})
+        pipeline.xadd(item.topic, stream_fields(item.key, item.payload))
     try:
         results = pipeline.execute(raise_on_error=False)
     except (redis.RedisError, OSError) as error:

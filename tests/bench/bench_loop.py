@@ -1,7 +1,7 @@
 """The closed loop's bars, by HTTP only, on the real model: ``make bench-loop``.
 
-Three stages on one running stack: clicks while the trainer is idle; a persona's verdicts with other chat traffic beside
-them, while versions are trained and swapped; then stable against base on prompts never asked. The personas are those
+Two stages on one running stack: a persona's verdicts with other chat traffic beside them, while versions are trained
+and swapped; then stable against base on prompts never asked. The personas are those
 that nobody tuned on. Perplexity is the base model's, over each answer given its prompt.
 """
 
@@ -30,7 +30,6 @@ from telemetry.text import repetition_ratio, words
 from tests.bench import record
 from tests.bench.client import running_stack
 
-IDLE_CLICKS, READING_S = 200, 0.3
 VERDICTS = 160
 USERS = 6
 BACKGROUND_REQUESTS, BACKGROUND_USERS = 1000, 4
@@ -64,21 +63,6 @@ class Background:
                 continue
             self.served += 1
             self.versions[response.headers["x-tiebreak-version"]] += 1
-
-
-async def idle_clicks(api: Api) -> list[float]:
-    """Seconds from click to acknowledgement, ``READING_S`` after the pair came. ``skip`` teaches nothing."""
-    seconds = []
-    for index in range(IDLE_CLICKS):
-        user = f"idle-{index}"
-        await api.consent(user)
-        prompt = TRAINING_PROMPTS[index % len(TRAINING_PROMPTS)]
-        pair = await api.ask(prompt, user=user, pair="always", max_tokens=2)
-        await asyncio.sleep(READING_S)
-        start = time.perf_counter()
-        await api.click(pair, "skip")
-        seconds.append(time.perf_counter() - start)
-    return seconds
 
 
 async def click_to_live(api: Api, ids: list[str]) -> tuple[list[float], Counter[str]]:
@@ -161,9 +145,8 @@ def base_folder(state: Path) -> str:
 
 
 async def run(persona: str, seed: int, *, is_first: bool) -> dict[str, Any]:
-    """All stages on one stack; idle clicks and other traffic with the first persona only."""
+    """Both stages on one stack; other traffic with the first persona only."""
     async with running_stack() as (api, state, url), session() as http:
-        idle = await idle_clicks(api) if is_first else []
         traffic = Background()
         asking = (
             [traffic.ask_until_done(http, url, random.Random(i)) for i in range(BACKGROUND_USERS)] if is_first else []
@@ -175,7 +158,6 @@ async def run(persona: str, seed: int, *, is_first: bool) -> dict[str, Any]:
         stable, base = await answers(api, "chat@stable"), await answers(api, "chat@base")
         folder = base_folder(state)
     return {
-        "idle": idle,
         "live": live,
         "ends": dict(ends),
         "choices": dict(clicks.choices),
@@ -190,9 +172,7 @@ async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--personas", nargs="+", default=list(HELD_OUT), choices=list(PERSONAS))
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument(
-        "--further", action="store_true", help="add personas to what was measured: no idle clicks, no traffic"
-    )
+    parser.add_argument("--further", action="store_true", help="add personas to what was measured: no other traffic")
     arguments = parser.parse_args()
     rows = record.rows("loop") if arguments.further else []
     for number, persona in enumerate(arguments.personas):
@@ -240,17 +220,7 @@ def rows_of(persona: str, result: dict[str, Any], *, is_first: bool) -> list[dic
 
 def traffic_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
     traffic: Background = result["traffic"]
-    idle: list[float] = result["idle"]
     return [
-        record.row(
-            "click acknowledged, trainer idle, p99",
-            1000 * record.quantile(idle, 0.99),
-            "ms",
-            bar=20.0,
-            better="lower",
-            p50_ms=1000 * record.quantile(idle, 0.5),
-            clicks=len(idle),
-        ),
         record.row(
             f"failed of {BACKGROUND_REQUESTS} chat requests during training and swaps",
             traffic.errors.total(),

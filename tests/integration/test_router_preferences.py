@@ -26,9 +26,11 @@ from tests.router_stack import STABLE, Stack, fast, running_stack
 from tests.servers import RedisServer
 
 
-@pytest.fixture
-async def stack(telemetry_config: TelemetryConfig) -> AsyncIterator[Stack]:
-    async with running_stack(telemetry_config) as running:
+@pytest.fixture(params=["embedded log", "another log"])
+async def stack(telemetry_config: TelemetryConfig, request: pytest.FixtureRequest) -> AsyncIterator[Stack]:
+    """A verdict is claimed and appended in one step, or in two."""
+    log = None if request.param == "embedded log" else open_log(telemetry_config)
+    async with running_stack(telemetry_config, event_log=log) as running:
         yield running
 
 

@@ -1,11 +1,17 @@
-"""Pair tokens and derived ids. Pure."""
+"""Pair tokens, derived ids, and the pairs that are remembered here."""
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 
+from router import pairs
 from router.errors import InvalidToken
-from router.pairs import Ticket, derived_id, preference_id, pseudonym, read_ticket, sign_ticket
+from router.pairs import (
+    PAIR_KEY, PairMemory, RememberedPair, Ticket, derived_id, preference_id, pseudonym, read_ticket, sign_ticket,
+)  # fmt: skip
+from telemetry.events import Completion, PairShown
 
 KEY = b"k" * 32
 TICKET = Ticket("pair-1", "0123456789abcdef", 1_800_000_000.5)
@@ -50,3 +56,21 @@ def test_a_pseudonym_depends_on_key_and_user_and_hides_both() -> None:
     assert pseudonym(KEY, "ann") != pseudonym(b"x" * 32, "ann")
     assert len(pseudonym(KEY, "ann")) == 16 and "ann" not in pseudonym(KEY, "ann")
     assert pseudonym(KEY, "") == ""
+
+
+async def test_the_last_pairs_shown_here_are_known_without_asking_redis(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Redis:
+        kept: ClassVar[list[str]] = []
+
+        async def set(self, key: str, _: bytes, *, ex: int) -> None:
+            self.kept.append(key)
+
+    monkeypatch.setattr(pairs, "RECENT_PAIRS", 2)
+    memory = PairMemory(Redis(), 60)  # type: ignore[arg-type]
+    side = Completion("c", "text", "main", "v", "stable", "stop", 1, 1, 0.1, 0.1, 1.0, 1.0)
+    for name in ("one", "two", "three"):
+        shown = PairShown(pair_id=name, policy="chat", user="u", prompt=(), a=side, b=side, propensity=1.0)
+        await memory.remember(RememberedPair(shown, "caller"))
+    assert memory.recent("one") is None, "the oldest made room"
+    assert [memory.recent(name) is not None for name in ("two", "three")] == [True, True]
+    assert Redis.kept == [PAIR_KEY + name for name in ("one", "two", "three")], "Redis knows them all"

@@ -9,6 +9,7 @@ import pytest
 from redis.exceptions import ConnectionError as RedisAway
 
 from router.admission import OPEN_CALLER
+from router.claims import Claims
 from router.errors import NotFound
 from router.ledger import Ledger
 from router.receipts import ReceiptBook
@@ -23,6 +24,9 @@ class Redis:
         self.let_go = asyncio.Event()
         self._fails = fails
         self._queued: list[tuple[str, str, str]] = []
+
+    def register_script(self, _: str) -> None:
+        """Nothing is claimed here."""
 
     def pipeline(self, **_: Any) -> Redis:
         return self
@@ -55,8 +59,10 @@ class Redis:
         return [self.hashes.get(key, {}).get(field.encode()) for field in fields]
 
 
-def book_on(redis: Any) -> ReceiptBook:
-    return ReceiptBook(redis, Ledger(None, redis, None, completion_ttl_s=1))  # type: ignore[arg-type]
+def book_on(redis: Any) -> tuple[ReceiptBook, Claims]:
+    ledger = Ledger(None, redis, None, completion_ttl_s=1)  # type: ignore[arg-type]
+    claims = Claims(redis, ledger, ttl_s=1, lease_s=1, embedded_log=False)
+    return ReceiptBook(redis, ledger, claims), claims
 
 
 def verdict() -> PreferenceRecorded:
@@ -69,8 +75,8 @@ def verdict() -> PreferenceRecorded:
 
 async def test_a_receipt_that_is_read_at_once_waits_for_its_mark() -> None:
     redis = Redis()
-    book, event = book_on(redis), verdict()
-    book.accept(event, "log", "lock")
+    (book, claims), event = book_on(redis), verdict()
+    claims.mark(event, "log")
     reading = asyncio.create_task(book.read(event.event_id, OPEN_CALLER))
     for _ in range(5):
         await asyncio.sleep(0)
@@ -83,9 +89,9 @@ async def test_a_lost_mark_is_logged_and_its_receipt_is_the_recorders_to_write(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     redis = Redis(fails=True)
-    book, event = book_on(redis), verdict()
+    (book, claims), event = book_on(redis), verdict()
     redis.let_go.set()
-    book.accept(event, "log", "lock")
+    claims.mark(event, "log")
     with pytest.raises(NotFound):
         await book.read(event.event_id, OPEN_CALLER)
     assert "verdict not marked" in caplog.text

@@ -1,0 +1,157 @@
+"""Claims: the one verdict that a pair gets, in Redis.
+
+The first claim fixes the choice. Where the event log is the same Redis (``embedded_log``), one script claims, appends
+the event and writes the receipt's first lines, all of it or nothing and with one sync. Everywhere else, and for a
+claim that somebody left without an event, the claim comes first, under a lock with a lease; then the caller appends,
+and ``mark`` says so behind the answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from itertools import chain
+from typing import Any, Final, cast
+
+import msgspec
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+from router.ledger import Ledger
+from router.schema import Choice
+from telemetry.event_log import MAX_PAYLOAD_BYTES
+from telemetry.events import TOPIC_OF, PreferenceRecorded, encode
+from telemetry.receipts import receipt_key
+from telemetry.redis_log import stream_fields
+
+log = logging.getLogger(__name__)
+VERDICT_KEY: Final = "tiebreak:verdict:"
+LOCK_KEY: Final = "tiebreak:verdict-lock:"
+TOPIC: Final = TOPIC_OF[PreferenceRecorded]
+
+# KEYS verdict, lock, receipt, stream; ARGV claim, its life in s, the lock's in ms, how many words of the receipt,
+# then these, then the words of the stream's entry (none: another log, which the caller appends to)
+# → claim that holds, where it was durable before, whether the caller's, where it is durable now
+_CLAIM: Final = """
+redis.call('HSETNX', KEYS[1], 'claim', ARGV[1])
+local kept = redis.call('HGET', KEYS[1], 'claim')
+local before = redis.call('HGET', KEYS[1], 'durable')
+if before then return {kept, before, 0, ''} end
+redis.call('EXPIRE', KEYS[1], ARGV[2])
+local entry = 5 + ARGV[4]
+if kept ~= ARGV[1] or #ARGV < entry then
+  return {kept, '', redis.call('SET', KEYS[2], '1', 'NX', 'PX', ARGV[3]) and 1 or 0, ''}
+end
+if redis.call('EXISTS', KEYS[2]) == 1 then return {kept, '', 0, ''} end
+redis.call('XADD', KEYS[4], '*', unpack(ARGV, entry))
+for i = 5, entry - 1, 2 do redis.call('HSETNX', KEYS[3], ARGV[i], ARGV[i + 1]) end
+redis.call('HSET', KEYS[1], 'durable', 'log')
+return {kept, '', 1, 'log'}
+"""
+
+
+class Claim(msgspec.Struct, frozen=True):
+    """The one verdict that a pair gets, kept from before it is durable."""
+
+    choice: Choice
+    caller: str
+    event: PreferenceRecorded
+
+
+class Verdict(msgspec.Struct, frozen=True):
+    """A claim and what became of it: ``durable`` is empty until it was acknowledged."""
+
+    claim: Claim
+    durable: str
+
+
+class Made(msgspec.Struct, frozen=True):
+    """What came of a try to claim: the claim that holds, and where its event is durable, if it is."""
+
+    claim: Claim
+    durable_before: str  # somebody was earlier
+    is_ours: bool  # to append, unless it is durable now
+    durable: str  # by this very try
+
+
+class Claims:
+    """Makes, marks and reads claims."""
+
+    def __init__(self, redis: Redis, ledger: Ledger, *, ttl_s: float, lease_s: float, embedded_log: bool) -> None:
+        self._redis = redis
+        self._ledger = ledger
+        self._ttl_s = int(ttl_s)
+        self._lease_ms = int(lease_s * 1000)
+        self._embedded_log = embedded_log
+        self._script = redis.register_script(_CLAIM)
+        self._marks: dict[str, asyncio.Task[None]] = {}  # under way, by preference id
+
+    async def verdict(self, pair_id: str) -> Verdict | None:
+        """The pair's claim, if there is one."""
+        claim, durable = await cast(Any, self._redis.hmget(VERDICT_KEY + pair_id, ["claim", "durable"]))
+        if claim is None:
+            return None
+        return Verdict(msgspec.json.decode(claim, type=Claim), (durable or b"").decode())
+
+    async def make(self, claim: Claim) -> Made:
+        """Try to claim; a claim whose event is not durable yet is the caller's only with the lock."""
+        event = claim.event
+        keys = [VERDICT_KEY + event.pair_id, LOCK_KEY + event.pair_id, receipt_key(event.event_id), TOPIC]
+        accepted = list(chain.from_iterable(_accepted(event, "log").items()))
+        words: list[Any] = [
+            msgspec.json.encode(claim),
+            self._ttl_s,
+            self._lease_ms,
+            len(accepted),
+            *accepted,
+            *self._entry(event),
+        ]
+        kept, before, won, now = cast(tuple[bytes, bytes, int, bytes], await self._script(keys=keys, args=words))
+        return Made(msgspec.json.decode(kept, type=Claim), before.decode(), bool(won), now.decode())
+
+    def _entry(self, event: PreferenceRecorded) -> list[bytes]:
+        """The words of the entry in the stream; none where the log is another, or for it to refuse what is too long."""
+        payload = encode(event)
+        if not self._embedded_log or len(payload) > MAX_PAYLOAD_BYTES:
+            return []
+        return list(chain.from_iterable(stream_fields(event.pair_id, payload).items()))
+
+    async def let_go(self, event: PreferenceRecorded) -> None:
+        """Nothing was appended: the next try need not wait for the lease to end."""
+        await self._redis.delete(LOCK_KEY + event.pair_id)
+
+    def mark(self, event: PreferenceRecorded, durable: str) -> None:
+        """The event is durable: from here on the same verdict is a replay; the lock is let go with it.
+
+        Written behind the answer. A mark that fails is logged only: the recorder writes the receipt soon (until then it
+        is not found), and the same verdict sent again appends the same event (its metric then counts it twice).
+        """
+        mark = self._ledger.in_background(self._mark(event, durable))
+        self._marks[event.event_id] = mark
+        mark.add_done_callback(lambda _: self._marks.pop(event.event_id, None))
+
+    async def _mark(self, event: PreferenceRecorded, durable: str) -> None:
+        try:
+            async with self._redis.pipeline(transaction=True) as pipeline:
+                for name, value in _accepted(event, durable).items():  # the recorder may have been here first
+                    pipeline.hsetnx(receipt_key(event.event_id), name, value)
+                pipeline.hset(VERDICT_KEY + event.pair_id, "durable", durable)
+                pipeline.delete(LOCK_KEY + event.pair_id)
+                await pipeline.execute()
+        except (RedisError, OSError) as error:
+            log.warning("verdict not marked: %s", error, extra={"action": "verdict_not_marked", "id": event.event_id})
+
+    async def marked(self, preference_id: str) -> None:
+        """Wait for a mark that is being written."""
+        if mark := self._marks.get(preference_id):
+            await asyncio.wait({mark})
+
+
+def _accepted(event: PreferenceRecorded, durable: str) -> dict[str, str]:
+    """A receipt's first lines."""
+    return {
+        "pair_id": event.pair_id,
+        "user": event.user,
+        "accepted_at": event.occurred_at.isoformat(),
+        "durable": durable,
+    }
