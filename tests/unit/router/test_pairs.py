@@ -9,7 +9,15 @@ import pytest
 from router import pairs
 from router.errors import InvalidToken
 from router.pairs import (
-    PAIR_KEY, PairMemory, RememberedPair, Ticket, derived_id, preference_id, pseudonym, read_ticket, sign_ticket,
+    PAIR_KEY,
+    PairMemory,
+    RememberedPair,
+    Ticket,
+    derived_id,
+    preference_id,
+    pseudonym,
+    read_ticket,
+    sign_ticket,
 )  # fmt: skip
 from telemetry.events import Completion, PairShown
 
@@ -69,7 +77,9 @@ async def test_the_last_pairs_shown_here_are_known_without_asking_redis(monkeypa
     memory = PairMemory(Redis(), 60)  # type: ignore[arg-type]
     side = Completion("c", "text", "main", "v", "stable", "stop", 1, 1, 0.1, 0.1, 1.0, 1.0)
     for name in ("one", "two", "three"):
-        shown = PairShown(pair_id=name, policy="chat", user="u", prompt=(), a=side, b=side, propensity=1.0)
+        shown = PairShown(
+            pair_id=name, request_id="r", policy="chat", user="u", prompt=(), a=side, b=side, propensity=1.0
+        )
         await memory.remember(RememberedPair(shown, "caller"))
     assert memory.recent("one") is None, "the oldest made room"
     assert [memory.recent(name) is not None for name in ("two", "three")] == [True, True]
