@@ -1,7 +1,7 @@
 """The closed loop's bars, by HTTP only, on the real model: ``make bench-loop``.
 
-Two stages on one running stack: a persona's verdicts with other chat traffic beside them, while versions are trained
-and swapped; then stable against base on prompts never asked. The personas are those
+Stages on one running stack: a persona's verdicts, while versions are trained and swapped; stable against base on prompts
+never asked; then, with the first persona, further verdicts with a thousand other chat requests beside them. The personas are those
 that nobody tuned on. Perplexity is the base model's, over each answer given its prompt.
 """
 
@@ -30,7 +30,7 @@ from telemetry.text import repetition_ratio, words
 from tests.bench import record
 from tests.bench.client import running_stack
 
-VERDICTS = 160
+VERDICTS, VERDICTS_BESIDE = 160, 80
 USERS = 6
 BACKGROUND_REQUESTS, BACKGROUND_USERS = 1000, 4
 LIVE_LIMIT_S = 240.0
@@ -144,48 +144,54 @@ def base_folder(state: Path) -> str:
     return str(next(iter(run["serving"]["bases"].values()))["model"])
 
 
-async def run(persona: str, seed: int, *, is_first: bool) -> dict[str, Any]:
-    """Both stages on one stack; other traffic with the first persona only."""
+async def run(persona: str, seed: int, *, with_traffic: bool) -> dict[str, Any]:
+    """All stages on one stack."""
     async with running_stack() as (api, state, url), session() as http:
-        traffic = Background()
-        asking = (
-            [traffic.ask_until_done(http, url, random.Random(i)) for i in range(BACKGROUND_USERS)] if is_first else []
-        )
-        tasks = [asyncio.create_task(ask) for ask in asking]
         clicks = await give_clicks(api, persona, Clicks(VERDICTS), users=USERS, seed=seed)
         live, ends = await click_to_live(api, clicks.preference_ids)
-        await asyncio.gather(*tasks)
         stable, base = await answers(api, "chat@stable"), await answers(api, "chat@base")
         folder = base_folder(state)
+        beside = await beside_traffic(api, http, url, persona, seed + 1) if with_traffic else {}
     return {
         "live": live,
         "ends": dict(ends),
         "choices": dict(clicks.choices),
-        "traffic": traffic,
         "win_rate": win_rate(persona, stable, base),
         "language": language_ratios(stable, base, folder),
         "sample": stable[:3],
+        **beside,
     }
+
+
+async def beside_traffic(api: Api, http: aiohttp.ClientSession, url: str, persona: str, seed: int) -> dict[str, Any]:
+    """Verdicts with other chat requests beside them, until both are through."""
+    traffic = Background()
+    asking = [asyncio.create_task(traffic.ask_until_done(http, url, random.Random(i))) for i in range(BACKGROUND_USERS)]
+    clicks = await give_clicks(api, persona, Clicks(VERDICTS_BESIDE), users=USERS, seed=seed)
+    live, _ = await click_to_live(api, clicks.preference_ids)
+    await asyncio.gather(*asking)
+    return {"traffic": traffic, "live_beside": live}
 
 
 async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--personas", nargs="+", default=list(HELD_OUT), choices=list(PERSONAS))
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--further", action="store_true", help="add personas to what was measured: no other traffic")
+    parser.add_argument(
+        "--further", action="store_true", help="add personas to what was measured: without other traffic"
+    )
     arguments = parser.parse_args()
     rows = record.rows("loop") if arguments.further else []
     for number, persona in enumerate(arguments.personas):
-        is_first = number == 0 and not arguments.further
-        result = await run(persona, arguments.seed, is_first=is_first)
-        rows += rows_of(persona, result, is_first=is_first)
-        if is_first:
+        with_traffic = number == 0 and not arguments.further
+        result = await run(persona, arguments.seed, with_traffic=with_traffic)
+        rows += rows_of(persona, result)
+        if with_traffic:
             rows += traffic_rows(result)
         record.save("loop", "make bench-loop", rows)
 
 
-def rows_of(persona: str, result: dict[str, Any], *, is_first: bool) -> list[dict[str, Any]]:
-    whose = f"{persona}, beside {BACKGROUND_REQUESTS} other requests" if is_first else persona
+def rows_of(persona: str, result: dict[str, Any]) -> list[dict[str, Any]]:
     worst = max(result["language"].values())
     return [
         record.row(
@@ -206,21 +212,26 @@ def rows_of(persona: str, result: dict[str, Any], *, is_first: bool) -> list[dic
             better="lower",
             **result["language"],
         ),
-        record.row(
-            f"click → version live, median, {whose}",
-            statistics.median(result["live"]) if result["live"] else float("inf"),
-            "s",
-            bar=60.0,
-            better="lower",
-            p90=record.quantile(result["live"], 0.9) if result["live"] else None,
-            clicks=len(result["live"]),
-        ),
+        live_row(persona, result["live"]),
     ]
+
+
+def live_row(whose: str, live: list[float]) -> dict[str, Any]:
+    return record.row(
+        f"click → version live, median, {whose}",
+        statistics.median(live) if live else float("inf"),
+        "s",
+        bar=60.0,
+        better="lower",
+        p90=record.quantile(live, 0.9) if live else None,
+        clicks=len(live),
+    )
 
 
 def traffic_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
     traffic: Background = result["traffic"]
     return [
+        live_row(f"beside {BACKGROUND_REQUESTS} other requests", result["live_beside"]),
         record.row(
             f"failed of {BACKGROUND_REQUESTS} chat requests during training and swaps",
             traffic.errors.total(),
