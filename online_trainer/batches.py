@@ -73,7 +73,8 @@ def prompt_tokens(tokenizer: Tokenizer, prompt: Sequence[Message], limit: int) -
 def completion_tokens(tokenizer: Tokenizer, completion: Completion, limit: int) -> tuple[int, ...]:
     """The answer's tokens; with the end token if it ended by itself, so that length can be learned."""
     ids = tokenizer.encode(completion.text, add_special_tokens=False)
-    if completion.finish_reason == "stop" and tokenizer.eos_token_id is not None:
+    is_ended = completion.finish_reason == "stop" and not completion.is_clipped
+    if is_ended and tokenizer.eos_token_id is not None:
         ids = [*ids, tokenizer.eos_token_id]
     return tuple(ids[:limit])
 

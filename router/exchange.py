@@ -125,6 +125,7 @@ class Answer:
             seed=self.sampling.seed,
             token_ids=tuple(token.token_id for token in self.tokens),
             logps=tuple(token.logprob for token in self.tokens),
+            is_clipped=self.last.is_clipped,
         )
 
     def served(self, exchange: Exchange) -> CompletionServed:

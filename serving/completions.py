@@ -114,6 +114,7 @@ class Completion:
                 cached_tokens=self.sequence.cached_tokens,
                 completion_tokens=self.made,
                 is_unsafe=self._text.is_unsafe,
+                is_clipped=self._text.is_stopped,
                 error=error,
             )
         )

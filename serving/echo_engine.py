@@ -97,7 +97,7 @@ class EchoEngine:
                 break
         yield Chunk(
             index=index, version=request.version, finish_reason=finish, prompt_tokens=prompt_tokens,
-            completion_tokens=made, is_unsafe=text.is_unsafe,
+            completion_tokens=made, is_unsafe=text.is_unsafe, is_clipped=text.is_stopped,
             error="deadline_exceeded" if time.monotonic() > deadline else "",
         )  # fmt: skip
 

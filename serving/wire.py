@@ -73,6 +73,7 @@ class Chunk(msgspec.Struct, frozen=True):
     cached_tokens: int = 0
     completion_tokens: int = 0
     is_unsafe: bool = False  # the output filter stopped this completion
+    is_clipped: bool = False  # a stop string of the request ended it: the model itself had not
     error: str = ""
 
 

@@ -70,6 +70,7 @@ class Completion(msgspec.Struct, frozen=True):
     seed: int | None = None
     token_ids: tuple[int, ...] = ()
     logps: tuple[float, ...] = ()  # log-probs of token_ids under the serving version (behaviour policy)
+    is_clipped: bool = False  # ended by a stop string of the request, not by the model
 
 
 class Event(msgspec.Struct, frozen=True, tag_field="type", kw_only=True):

@@ -1,8 +1,8 @@
 """The closed loop's bars, by HTTP only, on the real model: ``make bench-loop``.
 
-Stages on one running stack: a persona's verdicts, while versions are trained and swapped; stable against base on prompts
-never asked; then, with the first persona, further verdicts with a thousand other chat requests beside them. The personas are those
-that nobody tuned on. Perplexity is the base model's, over each answer given its prompt.
+Stages on one running stack: a persona's verdicts, while versions are trained and swapped; stable against base on
+prompts never asked; then, with the first persona, further verdicts with a thousand other chat requests beside them. The
+personas are those that nobody tuned on. Perplexity is the base model's, over each answer given its prompt.
 """
 
 from __future__ import annotations

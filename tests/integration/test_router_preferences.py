@@ -97,6 +97,14 @@ async def test_a_verdict_becomes_an_event_that_is_whole_in_itself(
     assert event.user == pseudonym(signing_key(stack.telemetry.state_path), "ann")
 
 
+async def test_a_side_that_a_stop_string_ended_says_so(stack: Stack) -> None:
+    await stack.click(await stack.pair(stop=["say"]))
+    await stack.click(await stack.pair())
+    clipped, whole = await stack.events(PreferenceRecorded, expected=2)
+    assert (clipped.chosen.is_clipped, clipped.chosen.finish_reason) == (True, "stop")
+    assert (whole.chosen.is_clipped, whole.chosen.finish_reason) == (False, "stop")
+
+
 async def test_the_pair_stands_in_the_log_before_its_verdict_and_in_one_trace(stack: Stack) -> None:
     parent = f"00-{'ab' * 16}-{'cd' * 8}-01"
     await stack.consent("ann")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import torch
 
 from online_trainer.batches import PairTokens, completion_tokens, micro_batches, pack, prompt_tokens
@@ -40,7 +41,9 @@ def test_an_answer_that_ended_by_itself_carries_the_end_token_and_a_cut_one_does
     _, tokenizer = load_model(tiny_model, "float32")
     ended = completion_tokens(tokenizer, completion("hi"), 100)
     cut = completion_tokens(tokenizer, completion("hi", finish_reason="length"), 100)
+    clipped = completion_tokens(tokenizer, msgspec.structs.replace(completion("hi"), is_clipped=True), 100)
     assert ended == (*cut, tokenizer.eos_token_id)
+    assert clipped == cut, "a stop string of one request is no end that the model should learn"
     assert len(completion_tokens(tokenizer, completion("a long answer"), 5)) == 5
 
 

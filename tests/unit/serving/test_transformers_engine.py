@@ -216,6 +216,16 @@ async def test_a_schema_holds_even_for_a_model_of_noise(engine: TransformersEngi
         assert last_of(chunks, index).finish_reason == "stop"
 
 
+async def test_an_answer_that_a_stop_string_ended_is_clipped(engine: TransformersEngine) -> None:
+    whole = await answer(engine, request(engine.base_version, "as ever", max_tokens=16))
+    text = text_of(whole)
+    stop = text[len(text) // 2 :][:2]
+    clipped = await answer(engine, request(engine.base_version, "as ever", max_tokens=16, stop=(stop,)))
+    assert text_of(clipped) == text[: text.find(stop)]
+    assert (last_of(clipped).finish_reason, last_of(clipped).is_clipped) == ("stop", True)
+    assert (last_of(whole).finish_reason, last_of(whole).is_clipped) == ("length", False)
+
+
 async def test_a_schema_binds_its_own_row_only(engine: TransformersEngine, tiny_model: Path) -> None:
     bound, free = await asyncio.gather(
         answer(engine, request(engine.base_version, json_schema='{"type":"boolean"}', max_tokens=10)),
