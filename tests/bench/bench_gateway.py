@@ -34,6 +34,7 @@ from deploy.machine import free_port
 from telemetry.routing import REPLICAS_KEY, ROUTING_KEY, Replica, ReplicaTable, RoutingTable, VariantRoute
 from tests.bench import record
 from tests.bench.mock_upstream import VERSION
+from tests.bench.raw_http import RawClient, open_loop
 from tests.servers import RedisServer
 
 ROOT = Path(__file__).parents[2]
@@ -184,28 +185,12 @@ def wrk(url: str, body: dict[str, Any], folder: Path) -> float:
 
 
 async def latencies(url: str, body: dict[str, Any], rate: float) -> list[float]:
-    """Seconds of each request of an open loop at ``rate``: sent on time whether or not the earlier ones are back."""
-    seconds: list[float] = []
-    connector = aiohttp.TCPConnector(limit=0)
-    headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
-    payload = json.dumps(body).encode()
-    async with aiohttp.ClientSession(headers=headers, connector=connector) as http:
-
-        async def one() -> None:
-            start = time.perf_counter()
-            async with http.post(f"{url}/v1/chat/completions", data=payload) as response:
-                await response.read()
-                assert response.status == 200
-            seconds.append(time.perf_counter() - start)
-
-        tasks = []
-        begun = time.perf_counter()
-        for number in range(int(rate * LATENCY_S)):
-            wait = begun + number / rate - time.perf_counter()
-            if wait > 0:
-                await asyncio.sleep(wait)
-            tasks.append(asyncio.create_task(one()))
-        await asyncio.gather(*tasks)
+    """Seconds of each request of an open loop at ``rate``."""
+    client = RawClient(url, "/v1/chat/completions", {"Authorization": f"Bearer {KEY}"})
+    answers = await open_loop(client, json.dumps(body).encode(), rate=rate, seconds=LATENCY_S)
+    client.close()
+    assert {answer.status for answer in answers} == {200}
+    seconds = [answer.seconds for answer in answers]
     return seconds[len(seconds) // 10 :]  # connections open in the first tenth
 
 
