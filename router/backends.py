@@ -1,10 +1,9 @@
 """The replica pool: picks a replica that holds the version, streams from it, retries before the first token only.
 
 Of two random candidates the one with less in flight answers, unless another has read the prompt's beginning for this
-version and is not much busier. A replica that refuses or breaks is left out of
-the next try; one that says 409 or takes no connection is left out until the replica table has been written
-anew, or for ``STALE_S``.
-Tokens come straight from the replica's own listener over kept-alive connections.
+version and is not much busier. A replica that refuses or breaks is left out of the next try; one that says 409 or takes
+no connection is left out until the replica table has been written anew, or for ``STALE_S``. How much a base is given at
+once is found by router/pressure.py. Tokens come straight from the replica's own listener over kept-alive connections.
 """
 
 from __future__ import annotations
@@ -27,9 +26,10 @@ from router.errors import (
     Unavailable,
     UpstreamFailed,
 )
+from router.pressure import ConcurrencyLimit
 from router.tables import Tables
 from serving.wire import Chunk, GenerateRequest
-from telemetry.metrics import RESPONSE_ERRORS
+from telemetry.metrics import CONCURRENCY_LIMIT, RESPONSE_ERRORS
 from telemetry.routing import Replica
 
 log = logging.getLogger(__name__)
@@ -79,8 +79,10 @@ class RetryBudget:
 class ReplicaPool:
     """Every replica of every base, as the tables name them."""
 
-    def __init__(self, tables: Tables, *, ready_wait_s: float) -> None:
+    def __init__(self, tables: Tables, *, ready_wait_s: float, min_in_flight: int, max_in_flight: int) -> None:
         self._tables = tables
+        self._limit_range = min_in_flight, max_in_flight
+        self._limits: dict[str, ConcurrencyLimit] = {}  # by base
         self._ready_wait_s = ready_wait_s
         self._in_flight: Counter[str] = Counter()
         self._budget = RetryBudget()
@@ -101,31 +103,45 @@ class ReplicaPool:
         """Chunks as they arrive, several at a time; the first is retried once elsewhere, later ones never.
 
         A replica that cannot have begun (no connection, no such version) is passed over for nothing; a retry after a
-        refusal or a broken connection is paid from the budget. Raises a RouterError. Closing the generator cancels.
+        refusal or a broken connection is paid from the budget. What the base
+        cannot take is refused at once. Raises a RouterError. Closing the generator cancels.
         """
-        tried: set[str] = set()
-        self._budget.earn()
-        for attempt in range(TRIES):
-            replica = await self._pick(base, request, tried)
-            has_begun = False
-            self._in_flight[replica.replica_id] += 1
-            try:
-                async with aclosing(self._stream(replica, request)) as stream:
-                    async for chunks in stream:
-                        has_begun = True
-                        yield chunks
-                return
-            except _TryAnother as failure:
-                tried.add(replica.replica_id)
-                if failure.is_stale:
-                    mark = (self._tables.replicas.updated_at_s, time.monotonic())
-                    self._stale[replica.replica_id, request.version] = mark
-                may_retry = not has_begun and attempt < TRIES - 1
-                if not (may_retry and (failure.is_stale or self._budget.spend())):
-                    raise failure.error from failure
-                await self._tables.refresh()
-            finally:
-                self._leave(replica.replica_id)
+        limit = self._limit(base)
+        limit.enter()
+        try:
+            tried: set[str] = set()
+            self._budget.earn()
+            for attempt in range(TRIES):
+                replica = await self._pick(base, request, tried)
+                has_begun, asked_s = False, time.perf_counter()
+                self._in_flight[replica.replica_id] += 1
+                try:
+                    async with aclosing(self._stream(replica, request)) as stream:
+                        async for chunks in stream:
+                            if not has_begun:
+                                limit.first_token(time.perf_counter() - asked_s)
+                                has_begun = True
+                            yield chunks
+                    return
+                except _TryAnother as failure:
+                    tried.add(replica.replica_id)
+                    if failure.is_stale:
+                        mark = (self._tables.replicas.updated_at_s, time.monotonic())
+                        self._stale[replica.replica_id, request.version] = mark
+                    may_retry = not has_begun and attempt < TRIES - 1
+                    if not (may_retry and (failure.is_stale or self._budget.spend())):
+                        raise failure.error from failure
+                    await self._tables.refresh()
+                finally:
+                    self._leave(replica.replica_id)
+        finally:
+            limit.leave()
+
+    def _limit(self, base: str) -> ConcurrencyLimit:
+        if base not in self._limits:
+            self._limits[base] = ConcurrencyLimit(*self._limit_range)
+            CONCURRENCY_LIMIT.labels(base).set_function(lambda: self._limits[base].limit)
+        return self._limits[base]
 
     def _leave(self, replica_id: str) -> None:
         self._in_flight[replica_id] -= 1

@@ -61,7 +61,12 @@ async def open_services(
     redis = _queueing(redis_client_async(telemetry), config.redis_connections, telemetry.redis_timeout_s)
     outbox = OutboxLog(event_log or open_log(telemetry), telemetry.state_path / "outbox" / "router")
     tables = Tables(redis)
-    pool = ReplicaPool(tables, ready_wait_s=config.ready_wait_s)
+    pool = ReplicaPool(
+        tables,
+        ready_wait_s=config.ready_wait_s,
+        min_in_flight=config.min_in_flight,
+        max_in_flight=config.max_in_flight,
+    )
     await tables.refresh()
     stop = asyncio.Event()
     polling = asyncio.create_task(tables.poll(config.table_poll_s, stop))

@@ -26,6 +26,9 @@ DURATION = Histogram(
     "tiebreak_response_duration_seconds", "Whole completion", ["variant", "version"], buckets=TTFT_BUCKETS
 )
 IN_FLIGHT = Gauge("tiebreak_requests_in_flight", "Chat requests being answered")
+CONCURRENCY_LIMIT = Gauge(
+    "tiebreak_concurrency_limit_requests", "Requests that the replicas of a base are given at once", ["base"]
+)
 PAIRS_SHOWN = Counter("tiebreak_pairs_shown_total", "Pairs shown to opted-in users", ["policy"])
 PAIR_SIDES_LOST = Counter("tiebreak_pair_sides_lost_total", "Sides of pairs that failed", ["variant", "version"])
 VERDICTS = Counter(

@@ -1,0 +1,88 @@
+"""How much the replicas of one base are given at once: a limit that finds itself.
+
+The signal is the time to the first token, never the time of a whole answer, which depends on how much is said. Samples
+are judged in windows: a window's median above ``TOLERANCE`` times the calm median means that requests wait somewhere,
+and what was in flight, divided by that ratio, is the new limit; otherwise the limit grows by half its square root. Calm
+is measured, not assumed: after every ``PROBE_S`` under pressure the limit is halved for one window (as BBR probes a
+path's round-trip time). If the median stays high without a queue, then prompts became longer or the model slower, and
+that is the new calm. A window counts only what was let in since it began, so that no limit is judged by what came
+before it. After the gradient limits of Netflix's concurrency-limits.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from typing import Final
+
+from router.errors import Unavailable
+from telemetry.metrics import REJECTED
+
+TOLERANCE: Final = 1.25
+WINDOW_S: Final = 0.5
+WINDOW_SAMPLES: Final = 16
+PROBE_S: Final = 10.0
+MOST_CUT: Final = 0.3  # of the limit that one window leaves
+FULL: Final = 0.8  # of the limit in flight: it is felt
+
+
+class ConcurrencyLimit:
+    """Places at one base's replicas. One event loop, so no locks."""
+
+    def __init__(self, least: float, most: float, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self.limit = most
+        self.in_flight = 0
+        self._least, self._most = least, most
+        self._clock = clock
+        self._calm_s = math.inf  # median time to first token without queues
+        self._samples: list[float] = []
+        self._window_at_s = self._pressed_at_s = clock()
+        self._peak = 0
+        self._kept = 0.0  # the limit to return to after a probe; 0: none is under way
+
+    def enter(self) -> None:
+        """Take a place, to be given back with ``leave``. Raises Unavailable at once when there is none."""
+        if self.in_flight >= self.limit:
+            REJECTED.labels("overloaded").inc()
+            raise Unavailable("Every replica is busy: try again shortly.", code="overloaded", retry_after_s=1.0)
+        self.in_flight += 1
+        self._peak = max(self._peak, self.in_flight)
+
+    def leave(self) -> None:
+        """Give the place back."""
+        self.in_flight -= 1
+
+    def first_token(self, seconds: float) -> None:
+        """A request that was let in has its first token after ``seconds``."""
+        now_s = self._clock()
+        if now_s - seconds < self._window_at_s:
+            return
+        self._samples.append(seconds)
+        if len(self._samples) >= WINDOW_SAMPLES and now_s - self._window_at_s >= WINDOW_S:
+            median_s = statistics.median(self._samples)
+            if self._kept:
+                self._end_probe(median_s, now_s)
+            else:
+                self._judge(median_s, now_s)
+            self._begin_window(now_s)
+
+    def _begin_window(self, now_s: float) -> None:
+        self._samples.clear()
+        self._window_at_s, self._peak = now_s, self.in_flight
+
+    def _judge(self, median_s: float, now_s: float) -> None:
+        self._calm_s = min(self._calm_s, median_s)
+        excess = median_s / (TOLERANCE * self._calm_s)
+        if excess <= 1.0:
+            self.limit = min(self._most, self.limit + math.sqrt(self.limit) / 2)
+        elif self._peak > self._least:
+            self.limit = max(self._least, min(self._peak, self.limit) * max(MOST_CUT, 1.0 / excess))
+        if excess <= 1.0 and self._peak < FULL * self.limit:
+            self._pressed_at_s = now_s
+        elif now_s - self._pressed_at_s > PROBE_S:
+            self._kept, self.limit = self.limit, max(self._least, self.limit / 2)
+
+    def _end_probe(self, median_s: float, now_s: float) -> None:
+        self._calm_s, self.limit, self._kept, self._pressed_at_s = median_s, self._kept, 0.0, now_s
