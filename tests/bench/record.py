@@ -79,9 +79,16 @@ def table() -> str:
 
 
 def _commit() -> str:
-    """What was measured; a tree with changes in it says so."""
-    done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    return done.stdout.strip()
+    """What was measured; a tree with changes in it, other than figures, says so."""
+    name = _git("rev-parse", "--short", "HEAD")
+    changed = _git("status", "--porcelain", "--", ".", ":!tests/bench/results", ":!README.md")
+    return f"{name}-dirty" if changed else name
+
+
+def _git(*words: str) -> str:
+    return subprocess.run(
+        ["git", *words], capture_output=True, text=True, check=False, cwd=README.parent
+    ).stdout.strip()
 
 
 def _short(value: float) -> str:
