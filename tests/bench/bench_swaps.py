@@ -1,8 +1,8 @@
 """A hundred swaps under streaming load, and five thousand clients that leave in the middle: ``make bench-swaps``.
 
-A swap goes as the release controller does it: loaded beside, told ready by every replica, routed, and the one before the
-previous is drained and unloaded. First with the echo engine, which leaves all the work to what is around it, then with
-the real model.
+A swap goes as the release controller does it: loaded beside, told ready by every replica, routed, and the one before
+the previous is drained and unloaded. First with the echo engine, which leaves all the work to what is around it, then
+with the real model.
 """
 
 from __future__ import annotations
