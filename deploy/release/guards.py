@@ -101,8 +101,12 @@ def judge_canary(
     score: Score,
     metrics: Mapping[str, float],
     limits: ReleaseConfig,
+    quiet_s: float = 0.0,
 ) -> Decision:
-    """Judge a canary by its live answers against stable's, and by its verdicts against stable."""
+    """Judge a canary by its live answers against stable's, and by its verdicts against stable.
+
+    Where nobody has asked anything for ``quiet_s``, by the held-out verdicts of the clicks before.
+    """
     canary, mine = limits.canary, summarise(own)
     evidence = _evidence(mine) | {"verdicts": float(score.verdicts), "win_rate": score.win_rate}
     if mine.errors >= 2 and (breach := error_breach(mine, summarise(reference), limits.text)):
@@ -111,7 +115,7 @@ def judge_canary(
         return Decision("fail", f"canary: {breach}", evidence)
     if _is_losing(score, canary):
         return Decision("fail", f"canary: lost to stable, win rate {score.win_rate:.2f}", evidence)
-    return _promotion(mine, score, metrics, limits, evidence)
+    return _promotion(mine, score, metrics, limits, evidence, quiet_s)
 
 
 def _is_losing(score: Score, limits: CanaryConfig) -> bool:
@@ -120,16 +124,24 @@ def _is_losing(score: Score, limits: CanaryConfig) -> bool:
 
 
 def _promotion(
-    mine: Summary, score: Score, metrics: Mapping[str, float], limits: ReleaseConfig, evidence: dict[str, float]
+    mine: Summary,
+    score: Score,
+    metrics: Mapping[str, float],
+    limits: ReleaseConfig,
+    evidence: dict[str, float],
+    quiet_s: float,
 ) -> Decision:
     canary = limits.canary
+    has_heldout = metrics.get("heldout_pairs", 0.0) >= limits.gate.min_heldout_pairs
+    is_losing = score.verdicts > 0 and score.win_rate < canary.min_win_rate
+    if quiet_s >= canary.quiet_s and has_heldout and not is_losing and not mine.errors:
+        return Decision("pass", f"canary: quiet for {quiet_s:.0f} s, held-out win rate holds", evidence)
     if mine.answers < canary.min_completions:
         return Decision("wait", f"canary: {mine.answers} of {canary.min_completions} answers seen", evidence)
     if score.verdicts >= canary.min_verdicts:
         if score.win_rate >= canary.min_win_rate:
             return Decision("pass", f"canary: healthy, win rate {score.win_rate:.2f}", evidence)
         return Decision("wait", f"canary: win rate {score.win_rate:.2f} is undecided", evidence)
-    has_heldout = metrics.get("heldout_pairs", 0.0) >= limits.gate.min_heldout_pairs
     if has_heldout and mine.answers >= canary.min_completions_unjudged:
         return Decision("pass", "canary: healthy on many answers, held-out win rate holds", evidence)
     return Decision("wait", f"canary: {score.verdicts} of {canary.min_verdicts} verdicts seen", evidence)

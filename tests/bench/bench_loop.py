@@ -33,7 +33,7 @@ from tests.bench.client import running_stack
 VERDICTS, VERDICTS_BESIDE = 160, 80
 USERS = 6
 BACKGROUND_REQUESTS, BACKGROUND_USERS = 1000, 4
-LIVE_LIMIT_S = 240.0
+LIVE_LIMIT_S, REST_LIMIT_S = 240.0, 120.0
 
 
 @dataclass
@@ -77,6 +77,16 @@ async def click_to_live(api: Api, ids: list[str]) -> tuple[list[float], Counter[
     ends = Counter("live" if "live" in t else "dropped" if "dropped" in t else "waiting" for t in times)
     kept = [t for t in times if "dropped" not in t]
     return [(t["live"] - t["accepted"]).total_seconds() if "live" in t else float("inf") for t in kept], ends
+
+
+async def releases_at_rest(api: Api) -> None:
+    """Until the last version is stable or gone, or ``REST_LIMIT_S``: the controller waits for quiet before it decides."""
+    deadline = time.monotonic() + REST_LIMIT_S
+    while time.monotonic() < deadline:
+        route = (await api.releases())["routing"]["policies"]["chat"][0]
+        if not route.get("canary") and not route.get("shadow"):
+            return
+        await asyncio.sleep(1.0)
 
 
 def _stages(receipt: dict[str, Any]) -> dict[str, datetime]:
@@ -149,6 +159,7 @@ async def run(persona: str, seed: int, *, with_traffic: bool) -> dict[str, Any]:
     async with running_stack() as (api, state, url), session() as http:
         clicks = await give_clicks(api, persona, Clicks(VERDICTS), users=USERS, seed=seed)
         live, ends = await click_to_live(api, clicks.preference_ids)
+        await releases_at_rest(api)
         stable, base = await answers(api, "chat@stable"), await answers(api, "chat@base")
         folder = base_folder(state)
         beside = await beside_traffic(api, http, url, persona, seed + 1) if with_traffic else {}

@@ -71,12 +71,12 @@ class Story:
         word = "promote" if name == "promote" else "rollback"
         self.take(Commanded(word, version, force=force, actor="ann", reason="because"))
 
-    def to_canary(self, version: str, parent: str = BASE) -> None:
+    def to_canary(self, version: str, parent: str = BASE, metrics: dict[str, float] | None = None) -> None:
         """Publish, load and probe."""
         held = self.ready or frozenset()
         if not self.state.base_probe:
             self.probe(BASE)
-        self.publish(version, parent)
+        self.publish(version, parent, metrics)
         self.load(*held, version)
         self.probe(version)
 

@@ -24,6 +24,8 @@ from deploy.release.state import (
 )
 from tests.unit.release.story import BASE, FAILED, GIBBERISH, GOOD_METRICS, HEALTHY, LIMITS, V1, V2, V3, Story
 
+UNJUDGED = GOOD_METRICS | {"heldout_pairs": 0.0}
+
 
 def test_the_base_answers_until_something_better_is_proven() -> None:
     story = Story()
@@ -119,7 +121,7 @@ def test_a_shadow_that_a_replica_has_lost_since_its_probes_were_asked_stays_a_sh
 
 def test_a_canary_without_evidence_stays_a_canary_and_never_becomes_stable() -> None:
     story = Story()
-    story.to_canary(V1)
+    story.to_canary(V1, metrics=UNJUDGED)
     story.wait(LIMITS.canary.max_s - 1)
     assert story.state.route.canary == V1
     story.wait(2)
@@ -140,10 +142,31 @@ def test_many_healthy_answers_and_a_heldout_win_rate_stand_in_for_verdicts() -> 
     assert story.state.route.stable == V1
 
 
+def test_a_canary_that_nobody_asks_any_more_is_promoted_by_its_heldout_win_rate() -> None:
+    story = Story()
+    story.to_canary(V1)
+    story.wait(LIMITS.canary.quiet_s - 1)
+    assert story.state.route.canary == V1
+    story.serve(V1, times=1)
+    story.wait(LIMITS.canary.quiet_s - 1)
+    assert story.state.route.canary == V1, "somebody asked: quiet begins anew"
+    story.wait(2)
+    assert (story.state.route.stable, "quiet" in story.changes[-1].reason) == (V1, True)
+
+
+def test_a_quiet_canary_that_loses_or_fails_is_not_promoted() -> None:
+    for spoil in (lambda story: story.judge(BASE, V1), lambda story: story.serve(V1, FAILED, times=1)):
+        story = Story()
+        story.to_canary(V1)
+        spoil(story)
+        story.wait(LIMITS.canary.quiet_s + 1)
+        assert story.state.route.canary == V1
+
+
 def test_many_answers_without_heldout_pairs_do_not() -> None:
     story = Story()
     story.probe(BASE)
-    story.publish(V1, metrics=GOOD_METRICS | {"heldout_pairs": 0.0})
+    story.publish(V1, metrics=UNJUDGED)
     story.load(V1)
     story.probe(V1)
     story.serve(V1, times=60)
@@ -263,7 +286,7 @@ def test_the_newest_of_several_that_wait_wins() -> None:
 
 def test_an_undecided_canary_makes_room_after_its_hold_time() -> None:
     story = Story()
-    story.to_canary(V1)
+    story.to_canary(V1, metrics=UNJUDGED)
     story.publish(V2, V1)
     story.wait(LIMITS.canary.hold_s - 1)
     assert story.state.route.canary == V1
@@ -273,7 +296,7 @@ def test_an_undecided_canary_makes_room_after_its_hold_time() -> None:
 
 def test_a_version_that_fails_its_gate_does_not_push_a_canary_aside() -> None:
     story = Story()
-    story.to_canary(V1)
+    story.to_canary(V1, metrics=UNJUDGED)
     story.publish(V2, V1, metrics={})
     story.wait(LIMITS.canary.hold_s + 1)
     assert (story.state.route.canary, story.moves[-1]) == (V1, (V2, "rejected"))
@@ -345,7 +368,7 @@ def test_a_promotion_without_force_goes_through_the_guards() -> None:
 
 def test_a_superseded_version_can_be_put_back_in_the_queue() -> None:
     story = Story()
-    story.to_canary(V1)
+    story.to_canary(V1, metrics=UNJUDGED)
     story.publish(V2, V1)
     story.wait(LIMITS.canary.hold_s + 1)
     story.command("rollback", V2)
