@@ -80,7 +80,7 @@ async def click_to_live(api: Api, ids: list[str]) -> tuple[list[float], Counter[
 
 
 async def releases_at_rest(api: Api) -> None:
-    """Until the last version is stable or gone, or ``REST_LIMIT_S``: the controller waits for quiet before it decides."""
+    """Until the last version is stable or gone: the controller waits for quiet before it decides."""
     deadline = time.monotonic() + REST_LIMIT_S
     while time.monotonic() < deadline:
         route = (await api.releases())["routing"]["policies"]["chat"][0]
