@@ -79,9 +79,11 @@ class RetryBudget:
 class ReplicaPool:
     """Every replica of every base, as the tables name them."""
 
-    def __init__(self, tables: Tables, *, ready_wait_s: float, min_in_flight: int, max_in_flight: int) -> None:
+    def __init__(
+        self, tables: Tables, *, ready_wait_s: float, min_in_flight: int, max_in_flight: int, patience_s: float
+    ) -> None:
         self._tables = tables
-        self._limit_range = min_in_flight, max_in_flight
+        self._limit_range, self._patience_s = (min_in_flight, max_in_flight), patience_s
         self._limits: dict[str, ConcurrencyLimit] = {}  # by base
         self._ready_wait_s = ready_wait_s
         self._in_flight: Counter[str] = Counter()
@@ -103,43 +105,40 @@ class ReplicaPool:
         """Chunks as they arrive, several at a time; the first is retried once elsewhere, later ones never.
 
         A replica that cannot have begun (no connection, no such version) is passed over for nothing; a retry after a
-        refusal or a broken connection is paid from the budget. What the base
-        cannot take is refused at once. Raises a RouterError. Closing the generator cancels.
+        refusal or a broken connection is paid from the budget. What the base cannot take is refused at once. Raises a
+        RouterError. Closing the generator cancels.
         """
-        limit = self._limit(base)
-        limit.enter()
-        try:
-            tried: set[str] = set()
-            self._budget.earn()
-            for attempt in range(TRIES):
-                replica = await self._pick(base, request, tried)
-                has_begun, asked_s = False, time.perf_counter()
-                self._in_flight[replica.replica_id] += 1
-                try:
-                    async with aclosing(self._stream(replica, request)) as stream:
-                        async for chunks in stream:
-                            if not has_begun:
-                                limit.first_token(time.perf_counter() - asked_s)
-                                has_begun = True
-                            yield chunks
-                    return
-                except _TryAnother as failure:
-                    tried.add(replica.replica_id)
-                    if failure.is_stale:
-                        mark = (self._tables.replicas.updated_at_s, time.monotonic())
-                        self._stale[replica.replica_id, request.version] = mark
-                    may_retry = not has_begun and attempt < TRIES - 1
-                    if not (may_retry and (failure.is_stale or self._budget.spend())):
-                        raise failure.error from failure
-                    await self._tables.refresh()
-                finally:
-                    self._leave(replica.replica_id)
-        finally:
-            limit.leave()
+        limit, tried = self._limit(base), set[str]()
+        self._budget.earn()
+        for attempt in range(TRIES):
+            replica = await self._pick(base, request, tried)
+            limit.enter()
+            has_begun, asked_s = False, time.perf_counter()
+            self._in_flight[replica.replica_id] += 1
+            try:
+                async with aclosing(self._stream(replica, request)) as stream:
+                    async for chunks in stream:
+                        if not has_begun:
+                            limit.first_token(time.perf_counter() - asked_s)
+                            has_begun = True
+                        yield chunks
+                return
+            except _TryAnother as failure:
+                tried.add(replica.replica_id)
+                if failure.is_stale:
+                    mark = (self._tables.replicas.updated_at_s, time.monotonic())
+                    self._stale[replica.replica_id, request.version] = mark
+                may_retry = not has_begun and attempt < TRIES - 1
+                if not (may_retry and (failure.is_stale or self._budget.spend())):
+                    raise failure.error from failure
+                await self._tables.refresh()
+            finally:
+                limit.leave()
+                self._leave(replica.replica_id)
 
     def _limit(self, base: str) -> ConcurrencyLimit:
         if base not in self._limits:
-            self._limits[base] = ConcurrencyLimit(*self._limit_range)
+            self._limits[base] = ConcurrencyLimit(*self._limit_range, patience_s=self._patience_s)
             CONCURRENCY_LIMIT.labels(base).set_function(lambda: self._limits[base].limit)
         return self._limits[base]
 

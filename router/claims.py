@@ -1,9 +1,9 @@
 """Claims: the one verdict that a pair gets, in Redis.
 
 The first claim fixes the choice. Where the event log is the same Redis (``embedded_log``), one script claims, appends
-the event and writes the receipt's first lines, all of it or nothing and with one sync. Everywhere else, and for a
-claim that somebody left without an event, the claim comes first, under a lock with a lease; then the caller appends,
-and ``mark`` says so behind the answer.
+the event and writes the receipt's first lines, with one sync. Everywhere else, and for a claim that was left without
+its event (an append that failed is not undone by Redis), the claim comes first, under a lock with a lease; then the
+caller appends, and ``mark`` says so behind the answer.
 """
 
 from __future__ import annotations

@@ -48,9 +48,11 @@ class RouterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     max_body_bytes: Positive = 1 << 19
     # Chat requests at once: above the first 503, one key above the second 429.
     max_in_flight: Positive = 256
-    # One base's replicas are given as many as they answer without queues, at least this many: about what two of their
-    # batches hold.
+    # One base's replicas are given as many generations (a pair can be two) as they answer without queues, at least this
+    # many: about what two of their batches hold.
     min_in_flight: Positive = 32
+    # A first token this much later than without a queue is waited for; later still, and further requests are refused.
+    patience_s: Seconds = 0.5
     max_in_flight_per_key: Positive = 128
     # Connections to Redis; a burst beyond them waits in line.
     redis_connections: Positive = 32

@@ -86,16 +86,17 @@ def _signature(key: bytes, payload: bytes) -> str:
 class PairMemory:
     """Pairs as shown, in Redis, until they expire; the last ones also here, so that a quick click reads nothing."""
 
-    def __init__(self, redis: Redis, ttl_s: float) -> None:
+    def __init__(self, redis: Redis, ttl_s: float, *, recent: int = RECENT_PAIRS) -> None:
         self._redis = redis
         self._ttl_s = int(ttl_s) + _LATE_S
+        self._most_recent = recent
         self._recent: OrderedDict[str, RememberedPair] = OrderedDict()
 
     async def remember(self, pair: RememberedPair) -> None:
         """Keep ``pair``; from here on its verdict can be given."""
         await self._redis.set(PAIR_KEY + pair.shown.pair_id, msgspec.json.encode(pair), ex=self._ttl_s)
         self._recent[pair.shown.pair_id] = pair
-        if len(self._recent) > RECENT_PAIRS:
+        if len(self._recent) > self._most_recent:
             self._recent.popitem(last=False)
 
     def recent(self, pair_id: str) -> RememberedPair | None:

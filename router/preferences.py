@@ -18,7 +18,7 @@ from redis.exceptions import RedisError
 
 from router.admission import Caller
 from router.claims import Claim, Claims, Verdict
-from router.errors import Conflict, Forbidden, Gone, NotFound, Unavailable
+from router.errors import Conflict, Forbidden, Gone, NotFound, RouterError, Unavailable
 from router.ledger import Ledger
 from router.pairs import PairMemory, RememberedPair, Ticket, preference_id, pseudonym, read_ticket
 from router.receipts import ReceiptBook, receipt
@@ -148,7 +148,12 @@ class Preferences:
         while time.monotonic() < give_up_s:
             made = await self._claims.make(claim)
             claim = made.claim
-            _check(claim, body, caller)
+            try:
+                _check(claim, body, caller)
+            except RouterError:
+                if made.is_ours and not made.durable:
+                    await self._claims.let_go(claim.event)  # for the click that agrees with the claim
+                raise
             if made.durable_before:
                 return await self._replayed(claim, made.durable_before)
             if made.durable:

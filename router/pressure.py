@@ -1,12 +1,12 @@
 """How much the replicas of one base are given at once: a limit that finds itself.
 
 The signal is the time to the first token, never the time of a whole answer, which depends on how much is said. Samples
-are judged in windows: a window's median above ``TOLERANCE`` times the calm median means that requests wait somewhere,
-and what was in flight, divided by that ratio, is the new limit; otherwise the limit grows by half its square root. Calm
-is measured, not assumed: after every ``PROBE_S`` under pressure the limit is halved for one window (as BBR probes a
-path's round-trip time). If the median stays high without a queue, then prompts became longer or the model slower, and
-that is the new calm. A window counts only what was let in since it began, so that no limit is judged by what came
-before it. After the gradient limits of Netflix's concurrency-limits.
+are judged in windows: a window's median above ``TOLERANCE`` times the calm median, and more than ``patience_s`` above
+it, means that requests wait somewhere, and what was in flight, divided by that ratio, is the new limit; otherwise the
+limit grows by half its square root. Calm is measured, not assumed: when ``PROBE_S`` of cuts have not helped, the limit
+is halved for one window (as BBR probes a path's round-trip time), and the median without a queue is the new calm:
+prompts became longer, or the model slower. A window counts only what was asked since it began, so that no limit is
+judged by what came before it. After the gradient limits of Netflix's concurrency-limits.
 """
 
 from __future__ import annotations
@@ -25,16 +25,18 @@ WINDOW_S: Final = 0.5
 WINDOW_SAMPLES: Final = 16
 PROBE_S: Final = 10.0
 MOST_CUT: Final = 0.3  # of the limit that one window leaves
-FULL: Final = 0.8  # of the limit in flight: it is felt
 
 
 class ConcurrencyLimit:
-    """Places at one base's replicas. One event loop, so no locks."""
+    """Places at one base's replicas, one for every generation asked of them. One event loop, so no locks."""
 
-    def __init__(self, least: float, most: float, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, least: float, most: float, *, patience_s: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.limit = most
         self.in_flight = 0
-        self._least, self._most = least, most
+        self._least, self._most = min(least, most), most
+        self._patience_s = patience_s
         self._clock = clock
         self._calm_s = math.inf  # median time to first token without queues
         self._samples: list[float] = []
@@ -74,12 +76,12 @@ class ConcurrencyLimit:
 
     def _judge(self, median_s: float, now_s: float) -> None:
         self._calm_s = min(self._calm_s, median_s)
-        excess = median_s / (TOLERANCE * self._calm_s)
+        excess = median_s / max(TOLERANCE * self._calm_s, self._calm_s + self._patience_s)
         if excess <= 1.0:
             self.limit = min(self._most, self.limit + math.sqrt(self.limit) / 2)
         elif self._peak > self._least:
             self.limit = max(self._least, min(self._peak, self.limit) * max(MOST_CUT, 1.0 / excess))
-        if excess <= 1.0 and self._peak < FULL * self.limit:
+        if excess <= 1.0:
             self._pressed_at_s = now_s
         elif now_s - self._pressed_at_s > PROBE_S:
             self._kept, self.limit = self.limit, max(self._least, self.limit / 2)

@@ -65,7 +65,8 @@ async def open_services(
         tables,
         ready_wait_s=config.ready_wait_s,
         min_in_flight=config.min_in_flight,
-        max_in_flight=config.max_in_flight,
+        max_in_flight=2 * config.max_in_flight,  # a pair of two versions is two generations
+        patience_s=config.patience_s,
     )
     await tables.refresh()
     stop = asyncio.Event()

@@ -7,6 +7,7 @@ that dies repeats what it had not saved and nothing else; what it announces is k
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +17,7 @@ from msgspec.structs import replace
 
 from deploy.release import report
 from deploy.release.config import ReleaseConfig
-from deploy.release.intake import InvalidCommand, addressee, inputs_of, parse_command, ready_versions
+from deploy.release.intake import InvalidCommand, addressee, asked_of, inputs_of, parse_command, ready_versions
 from deploy.release.machine import advance, due_probe, initial
 from deploy.release.probes import Prober, Question
 from deploy.release.state import Change, Commanded, Input, Tick, VariantState, World
@@ -40,6 +41,7 @@ log = logging.getLogger(__name__)
 TOPICS = (COMPLETIONS, PREFERENCES, VERSIONS)
 EVIDENCE_TOPICS = (COMPLETIONS, PREFERENCES)
 ANNOUNCE_S = 10.0
+MAX_ENTRIES = 500  # read in one round
 SEEN_EVENTS = 8192  # remembered while this process leads: a repeated append comes soon after the first
 SAVE_EVERY_S = 1.0  # evidence alone is saved no more often: it can be read again
 AWAY = (redis.RedisError, LogUnavailable, LeaseLost, TimeoutError)
@@ -68,6 +70,8 @@ class Controller:
         self._written_at_s = 0.0
         self._reader: Reader | None = None
         self._seen: dict[str, None] = {}  # ids of the latest events, oldest first
+        self._asked_s: dict[str, float] = {}  # by variant: when a user's answer was last heard of
+        self._caught_up_s = math.inf  # since when the log has been read to its end
         self._revision = 0  # the highest that this process has published
 
     def run(self, stop: threading.Event, on_ready: Callable[[], None]) -> None:
@@ -91,11 +95,14 @@ class Controller:
             self._forget()
             return False
         saved, reader = self._resume()
-        entries = reader.poll(max_entries=500, timeout_s=0.0)
+        entries = reader.poll(max_entries=MAX_ENTRIES, timeout_s=0.0)
+        self._caught_up_s = min(self._caught_up_s, self._clock()) if len(entries) < MAX_ENTRIES else math.inf
         commands = self._store.commands()
         told = [event for entry in entries if (event := _read(entry)) and self._is_new(event.event_id)]
         for event in told:
             report.count(event)
+            if variant := asked_of(event):
+                self._asked_s[variant] = self._clock()
         inputs = [item for event in told if (item := inputs_of(event))]
         inputs += self._prober.results()
         inputs += [(addressee(saved.variants, item.version), item) for item in _parse(commands)]
@@ -165,7 +172,11 @@ class Controller:
     def _worlds(self, variants: Mapping[str, VariantState], table: ReplicaTable | None) -> dict[str, World]:
         now_s, stale_s = self._clock(), self._config.fleet_stale_s
         return {
-            name: World(now_s, ready_versions(table, state.route.base, now_s, stale_s))
+            name: World(
+                now_s,
+                ready_versions(table, state.route.base, now_s, stale_s),
+                asked_s=max(self._caught_up_s, self._asked_s.get(name, 0.0)),
+            )
             for name, state in variants.items()
         }
 
@@ -222,6 +233,7 @@ class Controller:
         if self._reader is not None:
             self._reader.close()
         self._saved, self._written, self._reader = None, None, None
+        self._asked_s, self._caught_up_s = {}, math.inf
         self._seen.clear()  # what was read since the last save is read again
 
 

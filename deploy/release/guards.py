@@ -115,6 +115,8 @@ def judge_canary(
         return Decision("fail", f"canary: {breach}", evidence)
     if _is_losing(score, canary):
         return Decision("fail", f"canary: lost to stable, win rate {score.win_rate:.2f}", evidence)
+    if quiet_s >= canary.quiet_s and mine.answers and breach_of(mine, summarise(reference), limits.text):
+        quiet_s = 0.0  # too few answers to end it, and none that speak for it
     return _promotion(mine, score, metrics, limits, evidence, quiet_s)
 
 

@@ -52,6 +52,11 @@ def inputs_of(event: AnyEvent) -> tuple[str, Input] | None:
             return None
 
 
+def asked_of(event: AnyEvent) -> str:
+    """The variant that a user asked, however the answer ended; empty for every other event."""
+    return event.variant if isinstance(event, CompletionServed) and event.channel in LIVE_CHANNELS else ""
+
+
 def _is_the_versions_own(event: CompletionServed) -> bool:
     """Whether an answer says something about its version: a client's mistake or a replica's death does not."""
     return event.finish_reason != "cancelled" and event.error in ("", *OWN_ERRORS)

@@ -190,8 +190,7 @@ def _settle_shadow(state: VariantState, trial: Trial, world: World, limits: Rele
 
 def _settle_canary(state: VariantState, trial: Trial, world: World, limits: ReleaseConfig) -> Moved:
     version, age_s, canary = trial.candidate.version, world.now_s - trial.since_s, limits.canary
-    asked_s = max([trial.since_s, *(seen.at_s for seen in (*trial.window, *state.window))])
-    quiet_s = world.now_s - asked_s
+    quiet_s = world.now_s - max(trial.since_s, world.asked_s)
     decision = judge_canary(trial.window, state.window, total(trial), trial.candidate.metrics, limits, quiet_s)
     if decision.action == "fail":
         return moves.end_trial(state, decision)

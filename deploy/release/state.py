@@ -6,6 +6,7 @@ A variant has one version to fall back on (``previous``), one that answers (``st
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import msgspec
@@ -138,3 +139,4 @@ class World(msgspec.Struct, frozen=True):
 
     now_s: float
     ready: frozenset[str] | None  # versions that every replica of the base holds; None: no replica answers
+    asked_s: float = math.inf  # when a user last asked the variant anything; inf: the log is not read to its end

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import tempfile
 import time
 from pathlib import Path
@@ -43,9 +44,9 @@ async def peak(client: RawClient, payload: bytes) -> float:
 
 
 def seconds(answers: list[Answer], status: int, q: float) -> float:
-    """A quantile of the latency of answers with ``status``; 0 when there is none."""
+    """A quantile of the latency of answers with ``status``; inf when there is none."""
     found = [answer.seconds for answer in answers if answer.status == status]
-    return record.quantile(found, q) if found else 0.0
+    return record.quantile(found, q) if found else math.inf
 
 
 async def measure(running: Fleet) -> list[dict[str, Any]]:

@@ -114,9 +114,10 @@ async def swaps(running: Fleet, engine: Engine) -> list[dict[str, Any]]:
     traffic.is_over = True
     await asyncio.gather(*clients)
     during = [gap for at, gap in traffic.gaps if any(start <= at <= end for start, end in times)]
+    asked = traffic.served + traffic.failures.total()
     took = [end - start for start, end in times]
     return [
-        record.row(f"failed or mixed of {engine.requests} streams during {SWAPS} swaps, {engine.name}",
+        record.row(f"failed or mixed of {asked} streams during {SWAPS} swaps, {engine.name}",
                    traffic.failures.total(), "", bar=0, better="lower", served=traffic.served,
                    failures=dict(traffic.failures), versions=dict(traffic.versions),
                    swap_s_p50=record.quantile(took, 0.5), seconds=time.perf_counter() - begun),

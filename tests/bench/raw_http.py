@@ -60,9 +60,9 @@ class _Connection(asyncio.Protocol):
         assert isinstance(transport, asyncio.Transport)
         self.transport, self.is_open = transport, True
 
-    async def send(self, request: bytes) -> Answer:
+    async def send(self, request: bytes, started_s: float) -> Answer:
         assert self.transport is not None
-        self._answer, self._done = Answer(time.perf_counter()), asyncio.get_running_loop().create_future()
+        self._answer, self._done = Answer(started_s), asyncio.get_running_loop().create_future()
         self.transport.write(request)
         await self._done
         return self._answer
@@ -98,13 +98,17 @@ class RawClient:
         self._head = "\r\n".join(lines).encode()
         self._free: list[_Connection] = []
 
-    async def post(self, payload: bytes, *, leave_after_s: float | None = None) -> Answer:
-        """The answer; with ``leave_after_s`` the connection is cut then, if the answer is not whole yet."""
+    async def post(self, payload: bytes, *, leave_after_s: float | None = None, due_s: float | None = None) -> Answer:
+        """The answer; with ``leave_after_s`` the connection is cut then, if the answer is not whole yet.
+
+        Time counts from ``due_s`` (``time.perf_counter``; None: now), so that what waited to be sent has waited too.
+        """
+        started_s = time.perf_counter() if due_s is None else due_s
         connection = await self._take()
         request = b"%b\r\nContent-Length: %d\r\n\r\n%b" % (self._head, len(payload), payload)
         loop = asyncio.get_running_loop()
         leaving = None if leave_after_s is None else loop.call_later(leave_after_s, connection.abort)
-        answer = await connection.send(request)
+        answer = await connection.send(request, started_s)
         if leaving:
             leaving.cancel()
         if connection.is_open:
@@ -127,8 +131,9 @@ async def open_loop(client: RawClient, payload: bytes, *, rate: float, seconds: 
     """``rate`` requests a second, each sent on time whether or not the earlier ones are back."""
     tasks, begun = [], time.perf_counter()
     for number in range(int(rate * seconds)):
-        wait_s = begun + number / rate - time.perf_counter()
+        due_s = begun + number / rate
+        wait_s = due_s - time.perf_counter()
         if wait_s > 0:
             await asyncio.sleep(wait_s)
-        tasks.append(asyncio.create_task(client.post(payload)))
+        tasks.append(asyncio.create_task(client.post(payload, due_s=due_s)))
     return list(await asyncio.gather(*tasks))

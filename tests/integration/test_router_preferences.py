@@ -223,7 +223,7 @@ async def test_a_crash_between_claim_and_append_is_mended_by_the_same_click(
     telemetry_config: TelemetryConfig,
 ) -> None:
     log = BrokenLog(open_log(telemetry_config), SystemError("the process dies here: no outbox catches this"))
-    async with running_stack(telemetry_config, event_log=log, config=fast(claim_lease_s=0.3)) as stack:
+    async with running_stack(telemetry_config, event_log=log, config=fast(claim_lease_s=5.0)) as stack:
         answer = await stack.pair()
         status, _ = await stack.click(answer, "a")
         assert status == 500
@@ -232,7 +232,9 @@ async def test_a_crash_between_claim_and_append_is_mended_by_the_same_click(
             assert response.status == 404, "nothing was acknowledged"
         log.is_broken = False
         assert (await stack.click(answer, "b"))[0] == 409, "the first claim fixed the choice"
+        started = time.monotonic()
         status, receipt = await stack.click(answer, "a")
+        assert time.monotonic() - started < 3.0, "the click that was refused holds nothing"
         assert (status, receipt["replayed"]) == (201, False)
         [event] = await stack.events(PreferenceRecorded, expected=1)
         assert event.event_id == receipt["id"]

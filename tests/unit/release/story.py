@@ -31,6 +31,7 @@ class Story:
         self.limits = limits
         self.state = initial(limits.policies["chat"][0], BASE)
         self.now_s = 1000.0
+        self.asked_s = 0.0
         self.ready: frozenset[str] | None = frozenset({BASE})
         self.changes: list[Change] = []
 
@@ -40,7 +41,7 @@ class Story:
         return [(change.version, change.state) for change in self.changes]
 
     def take(self, event: Input) -> None:
-        self.state, made = advance(self.state, event, World(self.now_s, self.ready), self.limits)
+        self.state, made = advance(self.state, event, World(self.now_s, self.ready, self.asked_s), self.limits)
         self.changes += made
 
     def wait(self, seconds: float) -> None:
@@ -60,6 +61,7 @@ class Story:
         self.take(Probed(version, (replace(seen, at_s=self.now_s),) * 4))
 
     def serve(self, version: str, seen: Observation = HEALTHY, times: int = 1) -> None:
+        self.asked_s = self.now_s
         for _ in range(times):
             self.take(Served(version, replace(seen, at_s=self.now_s)))
 

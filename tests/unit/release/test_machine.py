@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import msgspec
@@ -154,8 +155,21 @@ def test_a_canary_that_nobody_asks_any_more_is_promoted_by_its_heldout_win_rate(
     assert (story.state.route.stable, "quiet" in story.changes[-1].reason) == (V1, True)
 
 
+def test_while_the_log_is_not_read_to_its_end_nothing_counts_as_quiet() -> None:
+    story = Story()
+    story.to_canary(V1)
+    story.asked_s = math.inf
+    story.wait(10 * LIMITS.canary.quiet_s)
+    assert story.state.route.canary == V1
+
+
 def test_a_quiet_canary_that_loses_or_fails_is_not_promoted() -> None:
-    for spoil in (lambda story: story.judge(BASE, V1), lambda story: story.serve(V1, FAILED, times=1)):
+    spoils = (
+        lambda story: story.judge(BASE, V1),
+        lambda story: story.serve(V1, FAILED, times=1),
+        lambda story: story.serve(V1, GIBBERISH, times=3),
+    )
+    for spoil in spoils:
         story = Story()
         story.to_canary(V1)
         spoil(story)

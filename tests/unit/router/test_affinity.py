@@ -26,7 +26,7 @@ def request(messages: tuple[Message, ...], version: str = FIRST) -> GenerateRequ
 
 @pytest.fixture
 async def pool() -> AsyncIterator[ReplicaPool]:
-    made = ReplicaPool(Tables(Redis()), ready_wait_s=1.0, min_in_flight=8, max_in_flight=8)
+    made = ReplicaPool(Tables(Redis()), ready_wait_s=1.0, min_in_flight=8, max_in_flight=8, patience_s=0.5)
     yield made
     await made.close()
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import pytest
 
-from router import pairs
 from router.errors import InvalidToken
 from router.pairs import (
     PAIR_KEY,
@@ -66,15 +63,14 @@ def test_a_pseudonym_depends_on_key_and_user_and_hides_both() -> None:
     assert pseudonym(KEY, "") == ""
 
 
-async def test_the_last_pairs_shown_here_are_known_without_asking_redis(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_last_pairs_shown_here_are_known_without_asking_redis() -> None:
+    kept: list[str] = []
+
     class Redis:
-        kept: ClassVar[list[str]] = []
-
         async def set(self, key: str, _: bytes, *, ex: int) -> None:
-            self.kept.append(key)
+            kept.append(key)
 
-    monkeypatch.setattr(pairs, "RECENT_PAIRS", 2)
-    memory = PairMemory(Redis(), 60)  # type: ignore[arg-type]
+    memory = PairMemory(Redis(), 60, recent=2)  # type: ignore[arg-type]
     side = Completion("c", "text", "main", "v", "stable", "stop", 1, 1, 0.1, 0.1, 1.0, 1.0)
     for name in ("one", "two", "three"):
         shown = PairShown(
@@ -83,4 +79,4 @@ async def test_the_last_pairs_shown_here_are_known_without_asking_redis(monkeypa
         await memory.remember(RememberedPair(shown, "caller"))
     assert memory.recent("one") is None, "the oldest made room"
     assert [memory.recent(name) is not None for name in ("two", "three")] == [True, True]
-    assert Redis.kept == [PAIR_KEY + name for name in ("one", "two", "three")], "Redis knows them all"
+    assert kept == [PAIR_KEY + name for name in ("one", "two", "three")], "Redis knows them all"

@@ -28,9 +28,9 @@ class Outcome(NamedTuple):
 class Simulation:
     """Poisson arrivals, a first token after half the service; time is simulated."""
 
-    def __init__(self, service_s: float = 0.1) -> None:
+    def __init__(self, service_s: float = 0.1, patience_s: float = 0.0) -> None:
         self.now_s, self.service_s = 0.0, service_s
-        self.limit = ConcurrencyLimit(LEAST, MOST, clock=lambda: self.now_s)
+        self.limit = ConcurrencyLimit(LEAST, MOST, patience_s=patience_s, clock=lambda: self.now_s)
         self._dice = random.Random(0)
         self._events: list[tuple[float, int, str, float]] = []
         self._waiting: deque[float] = deque()
@@ -96,6 +96,28 @@ def test_four_times_too_much_is_served_at_full_speed_and_without_a_queue(service
     assert after.refused <= 0.05 * 0.5 * peak * 30, "calm again, everybody is let in"
 
 
+def test_many_long_answers_are_no_pressure() -> None:
+    """Near the most that is allowed, with first tokens as quick as ever, nobody is refused."""
+    now_s = 0.0
+    limit = ConcurrencyLimit(LEAST, MOST, patience_s=0.0, clock=lambda: now_s)
+    for _ in range(220):
+        limit.enter()
+    for _ in range(600):
+        now_s += 0.1
+        limit.enter()
+        limit.first_token(0.05)
+        limit.leave()
+    assert limit.limit == MOST
+
+
+def test_a_queue_shorter_than_the_patience_is_let_be() -> None:
+    patient = Simulation(0.02, patience_s=0.5)
+    patient.run(rate=400, seconds=30)
+    flood = patient.run(rate=3000, seconds=120)
+    assert 0.02 < statistics.median(flood.waits_s) < 0.7
+    assert flood.served_per_s >= 0.9 * PLACES / 0.02
+
+
 def test_slow_answers_to_few_are_no_queue_that_a_limit_could_shorten() -> None:
     simulation = Simulation(0.05)
     simulation.run(rate=60, seconds=30)
@@ -124,7 +146,7 @@ def test_the_limit_never_closes() -> None:
 
 
 def test_a_refusal_says_so_at_once_and_takes_no_place() -> None:
-    limit = ConcurrencyLimit(1.0, 1.0)
+    limit = ConcurrencyLimit(1.0, 1.0, patience_s=0.0)
     limit.enter()
     with pytest.raises(Unavailable) as refused:
         limit.enter()
