@@ -168,11 +168,12 @@ class Preferences:
         return receipt(claim.event, claim.choice, durable, replayed=True, status=status)
 
     async def _append(self, claim: Claim) -> Receipt:
+        durable = ""
         try:
             durable = await self._ledger.durable(claim.event)
-        except Exception:  # re-raised
-            await self._claims.let_go(claim.event)
-            raise
+        finally:
+            if not durable:
+                await self._claims.let_go(claim.event)
         self._claims.mark(claim.event, durable)
         return _acknowledged(claim, durable)
 

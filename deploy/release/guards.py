@@ -115,9 +115,10 @@ def judge_canary(
         return Decision("fail", f"canary: {breach}", evidence)
     if _is_losing(score, canary):
         return Decision("fail", f"canary: lost to stable, win rate {score.win_rate:.2f}", evidence)
-    if quiet_s >= canary.quiet_s and mine.answers and breach_of(mine, summarise(reference), limits.text):
-        quiet_s = 0.0  # too few answers to end it, and none that speak for it
-    return _promotion(mine, score, metrics, limits, evidence, quiet_s)
+    is_clean = not mine.answers or not breach_of(mine, summarise(reference), limits.text)
+    if quiet_s >= canary.quiet_s and is_clean and _stands_by_heldout(mine, score, metrics, limits):
+        return Decision("pass", f"canary: quiet for {quiet_s:.0f} s, held-out win rate holds", evidence)
+    return _promotion(mine, score, metrics, limits, evidence)
 
 
 def _is_losing(score: Score, limits: CanaryConfig) -> bool:
@@ -125,26 +126,28 @@ def _is_losing(score: Score, limits: CanaryConfig) -> bool:
     return score.verdicts >= limits.min_verdicts_to_reject and bound < limits.min_win_rate
 
 
+def _has_heldout(metrics: Mapping[str, float], limits: ReleaseConfig) -> bool:
+    """Whether the offline gate could judge by held-out verdicts (and let the version pass)."""
+    return metrics.get("heldout_pairs", 0.0) >= limits.gate.min_heldout_pairs
+
+
+def _stands_by_heldout(mine: Summary, score: Score, metrics: Mapping[str, float], limits: ReleaseConfig) -> bool:
+    """Held-out verdicts speak for it, and nothing that was seen live speaks against it."""
+    is_behind = score.verdicts > 0 and score.win_rate < limits.canary.min_win_rate
+    return _has_heldout(metrics, limits) and not is_behind and not mine.errors
+
+
 def _promotion(
-    mine: Summary,
-    score: Score,
-    metrics: Mapping[str, float],
-    limits: ReleaseConfig,
-    evidence: dict[str, float],
-    quiet_s: float,
+    mine: Summary, score: Score, metrics: Mapping[str, float], limits: ReleaseConfig, evidence: dict[str, float]
 ) -> Decision:
     canary = limits.canary
-    has_heldout = metrics.get("heldout_pairs", 0.0) >= limits.gate.min_heldout_pairs
-    is_losing = score.verdicts > 0 and score.win_rate < canary.min_win_rate
-    if quiet_s >= canary.quiet_s and has_heldout and not is_losing and not mine.errors:
-        return Decision("pass", f"canary: quiet for {quiet_s:.0f} s, held-out win rate holds", evidence)
     if mine.answers < canary.min_completions:
         return Decision("wait", f"canary: {mine.answers} of {canary.min_completions} answers seen", evidence)
     if score.verdicts >= canary.min_verdicts:
         if score.win_rate >= canary.min_win_rate:
             return Decision("pass", f"canary: healthy, win rate {score.win_rate:.2f}", evidence)
         return Decision("wait", f"canary: win rate {score.win_rate:.2f} is undecided", evidence)
-    if has_heldout and mine.answers >= canary.min_completions_unjudged:
+    if _has_heldout(metrics, limits) and mine.answers >= canary.min_completions_unjudged:
         return Decision("pass", "canary: healthy on many answers, held-out win rate holds", evidence)
     return Decision("wait", f"canary: {score.verdicts} of {canary.min_verdicts} verdicts seen", evidence)
 

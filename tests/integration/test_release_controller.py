@@ -253,6 +253,27 @@ def test_at_the_first_start_every_variant_answers_with_its_base(deployment: Depl
     assert ready["metrics_url"].endswith("/metrics")
 
 
+def test_a_canary_is_promoted_when_users_are_quiet_and_a_user_who_left_has_asked_too(deployment: Deployment) -> None:
+    deployment.config.write_text(deployment.config.read_text() + "[release.canary]\nquiet_s = 1.5\n")
+    deployment.hold(V1)
+    deployment.start()
+    deployment.publish(V1, metrics=GOOD_METRICS)
+    deployment.until(_is(deployment, "canary", V1))
+    for _ in range(8):  # 3 s in which every answer is broken off: no evidence, but no quiet either
+        deployment.append(
+            events.CompletionServed(
+                completion_id=events.new_id(), request_id="r", policy="chat", variant="chat-main",
+                version=deployment.base, channel="stable", finish_reason="cancelled",
+                completion_tokens=1, ttft_s=0.1, duration_s=1.0,
+            )
+        )  # fmt: skip
+        deployment.refresh()
+        time.sleep(0.4)
+    assert _is(deployment, "canary", V1)()
+    deployment.until(_is(deployment, "stable", V1))
+    assert "quiet" in deployment.history()[0]["reason"]
+
+
 def test_a_published_version_is_probed_shown_and_promoted_and_the_log_tells_all(deployment: Deployment) -> None:
     deployment.hold()
     deployment.start()

@@ -18,11 +18,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from router.backends import ReplicaPool
+from router.errors import Unavailable
+from router.tables import Tables
 from serving.echo_engine import EchoEngine
 from serving.engine import ChunkStream
-from serving.wire import Chunk, GenerateRequest
+from serving.wire import Chunk, GenerateRequest, Sampling
 from telemetry.config import TelemetryConfig
-from telemetry.events import CompletionServed, PairShown
+from telemetry.events import CompletionServed, Message, PairShown
 from telemetry.routing import RoutingTable
 from tests.router_stack import (
     CANARY,
@@ -389,3 +392,23 @@ async def test_the_last_known_tables_serve_while_they_cannot_be_read(stack: Stac
 async def test_a_table_with_no_policy_answers_nobody(stack: Stack) -> None:
     await stack.publish(routing=RoutingTable(2, {}))
     assert (await stack.ask())[0] == 404
+
+
+async def test_a_base_that_is_full_refuses_at_once_until_a_stream_is_over(stack: Stack) -> None:
+    tables = Tables(stack.redis)
+    await tables.refresh()
+    pool = ReplicaPool(tables, ready_wait_s=1.0, min_in_flight=1, max_in_flight=1, patience_s=0.5)
+    route = stack.routing.policies["chat"][0]
+
+    def ask() -> AsyncGenerator[list[Chunk]]:
+        messages = (Message("user", "Say something"),)
+        return pool.generate(route.base, GenerateRequest("r", STABLE, messages, Sampling(max_tokens=4), deadline_s=5.0))
+
+    async with aclosing(ask()) as first, aclosing(ask()) as second:
+        await anext(first)
+        with pytest.raises(Unavailable) as refused:
+            await anext(second)
+        assert refused.value.code == "overloaded"
+    async with aclosing(ask()) as third:
+        assert (await anext(third))[0].version == STABLE
+    await pool.close()

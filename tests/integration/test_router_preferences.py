@@ -11,7 +11,11 @@ from typing import Any
 
 import pytest
 
+from router.claims import Claim, Claims
+from router.ledger import Ledger
 from router.pairs import Ticket, preference_id, pseudonym, sign_ticket
+from router.preferences import to_preference
+from router.schema import VerdictRequest
 from telemetry.config import TelemetryConfig, open_log
 from telemetry.event_log import EventLog, LogUnavailable, Offsets, Position, Reader
 from telemetry.events import (
@@ -20,6 +24,7 @@ from telemetry.events import (
     PairShown,
     PreferenceRecorded,
     PreferenceRetracted,
+    utc_now,
 )
 from telemetry.process import signing_key
 from tests.router_stack import STABLE, Stack, fast, running_stack
@@ -354,3 +359,20 @@ async def test_a_thumb_on_nothing_or_on_a_pair_is_refused(stack: Stack) -> None:
     for completion_id in ("chatcmpl-none", answer["id"]):
         async with stack.http.post("/v1/feedback", json={"completion_id": completion_id, "rating": 1}) as response:
             assert (response.status, (await response.json())["error"]["code"]) == (404, "completion_not_found")
+
+
+@pytest.mark.parametrize(("embedded_log", "durable", "entries"), [(True, "log", 1), (False, "", 0)])
+async def test_a_claim_is_its_own_append_where_the_log_is_the_same_redis(
+    stack: Stack, embedded_log: bool, durable: str, entries: int
+) -> None:
+    pair = (await stack.pair())["preference"]["pair_id"]
+    shown = next(event for event in await stack.events(PairShown, expected=1) if event.pair_id == pair)
+    event = to_preference(shown, VerdictRequest(pair_id=pair, token="", choice="a"), at=utc_now())
+    ledger = Ledger(None, stack.redis, None, completion_ttl_s=1)  # type: ignore[arg-type]
+    claims = Claims(stack.redis, ledger, ttl_s=60, lease_s=5, embedded_log=embedded_log)
+    made = await claims.make(Claim("a", "", event))
+    assert (made.durable_before, made.is_ours, made.durable) == ("", True, durable)
+    assert len(await stack.events(PreferenceRecorded, expected=entries)) == entries
+    again = await claims.make(Claim("a", "", event))
+    assert (again.durable_before, again.is_ours, again.durable) == (durable, False, "")
+    assert (await stack.redis.exists(f"tiebreak:receipt:{event.event_id}")) == entries

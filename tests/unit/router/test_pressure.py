@@ -110,6 +110,26 @@ def test_many_long_answers_are_no_pressure() -> None:
     assert limit.limit == MOST
 
 
+def test_what_was_asked_before_the_window_began_is_not_held_against_the_present_limit() -> None:
+    now_s = 0.0
+    limit = ConcurrencyLimit(LEAST, MOST, patience_s=0.0, clock=lambda: now_s)
+    for _ in range(64):
+        limit.enter()
+
+    def answer(seconds: float) -> None:
+        for _ in range(16):
+            limit.first_token(seconds)
+
+    now_s = 1.0
+    answer(0.05)
+    now_s = 2.0
+    answer(5.0)
+    assert limit.limit == MOST
+    now_s = 10.0
+    answer(5.0)
+    assert limit.limit < 64
+
+
 def test_a_queue_shorter_than_the_patience_is_let_be() -> None:
     patient = Simulation(0.02, patience_s=0.5)
     patient.run(rate=400, seconds=30)
