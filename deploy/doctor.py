@@ -143,6 +143,8 @@ def _test_programs() -> Iterator[Finding]:
         ("java", "default-jre-headless", "the private Kafka broker"),
         ("mvn", "maven", "fetching that broker"),
         ("chromium", "chromium", "the browser tests"),
+        ("node", "nodejs", "the tests with the OpenAI SDK for JavaScript"),
+        ("npm", "npm", "fetching that SDK"),
         ("prometheus", "prometheus", "the rule and dashboard tests"),
     ):
         path = shutil.which(program)

@@ -36,6 +36,8 @@ NEEDS = (
     Need("mvn", ("maven",), "contract, integration and e2e on a real Kafka broker (Maven fetches it)"),
     Need("prometheus", ("prometheus",), "integration: the dashboard's queries on a real Prometheus"),
     Need("promtool", ("prometheus",), "unit and integration: recording and alert rules"),
+    Need("node", ("nodejs",), "contract: the official OpenAI SDK for JavaScript"),
+    Need("npm", ("npm",), "contract: the official OpenAI SDK for JavaScript (npm fetches it)"),
     Need("chromium", ("chromium", "chromium-driver"), "e2e: the page in a real browser"),
 )
 

@@ -1,8 +1,13 @@
-"""The event log under test: the embedded one and Kafka, each with a way to kill, restart and wipe its server."""
+"""The event log under test: the embedded one and Kafka, each with a way to kill, restart and wipe its server.
+
+And the OpenAI SDK for JavaScript, which judges the router as its Python sibling does.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -10,6 +15,7 @@ import pytest
 from deploy.kafka.broker import Broker
 from telemetry.config import TelemetryConfig, open_log, redis_client
 from telemetry.event_log import EventLog, Offsets, Reader
+from tests.javascript import NodeNotInstallable, sdk_folder
 from tests.servers import RedisServer
 
 
@@ -45,6 +51,17 @@ class LogServer:
     def close(self) -> None:
         for opened in self._opened:
             opened.close()
+
+
+@pytest.fixture(scope="session")
+def javascript_sdk() -> Path:
+    """The folder of the official OpenAI SDK for JavaScript. Skipped without Node.js, failed in CI."""
+    try:
+        return sdk_folder()
+    except NodeNotInstallable as error:
+        if os.environ.get("CI") == "true":
+            pytest.fail(f"the JavaScript SDK is missing: {error}")
+        pytest.skip(f"the JavaScript SDK is missing: {error}")
 
 
 @pytest.fixture(params=["redis", "kafka"])
