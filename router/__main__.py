@@ -14,6 +14,7 @@ import uvicorn
 from router.admission import refuse_open_address
 from router.app import build_app
 from router.config import RouterConfig, StackAddress
+from router.protocol import PatientProtocol
 from router.services import keys_of
 from telemetry import logs, tracing
 from telemetry.config import TelemetryConfig
@@ -67,7 +68,7 @@ def serve(path: Path) -> None:
         uvicorn.Config(
             build_app(config, telemetry),
             loop="uvloop",
-            http="httptools",
+            http=PatientProtocol,
             lifespan="on",
             log_config=None,
             access_log=False,

@@ -125,7 +125,7 @@ class ReleaseDesk:
 
     async def order(self, command: Command, version: str, body: ReleaseOrder, actor: str) -> Order:
         """Queue an order; the controller decides."""
-        if not VERSION_PATTERN.match(version):
+        if not VERSION_PATTERN.fullmatch(version):
             message = "This is no version name; GET /admin/releases lists them."
             raise InvalidRequest(message, param="version", code="invalid_value")
         order = Order(command, version, actor or "operator", body.force, body.reason)

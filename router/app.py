@@ -45,6 +45,7 @@ from router.schema import (
 )
 from router.services import Services, keys_of, open_services
 from telemetry.config import TelemetryConfig
+from telemetry.manifest import VERSION_PATTERN
 
 OpenServices = Callable[[], AbstractAsyncContextManager[Services]]
 
@@ -244,12 +245,14 @@ ENDPOINTS: Final = (
     ),
     Endpoint(
         method="POST", path="/admin/releases/{version}/promote", handler=promote, role="admin", body=ReleaseOrder,
-        is_body_required=False, summary="Ask the release controller to promote a version.",
+        is_body_required=False, patterns={"version": VERSION_PATTERN.pattern},
+        summary="Ask the release controller to promote a version.",
         answers={202: Order}, errors=(503,),
     ),
     Endpoint(
         method="POST", path="/admin/releases/{version}/rollback", handler=rollback, role="admin", body=ReleaseOrder,
-        is_body_required=False, summary="Ask the release controller to roll a version back.",
+        is_body_required=False, patterns={"version": VERSION_PATTERN.pattern},
+        summary="Ask the release controller to roll a version back.",
         answers={202: Order}, errors=(503,),
     ),
     Endpoint(
@@ -264,7 +267,7 @@ ENDPOINTS: Final = (
         media_type="text/plain",
     ),
     Endpoint(
-        method="GET", path="/openapi.json", handler=openapi, summary="This document.", answers={200: None},
+        method="GET", path="/openapi.json", handler=openapi, summary="This document.", answers={200: dict},
     ),
     Endpoint(
         method="GET", path="/docs", handler=docs_page, summary="This document as a page.", answers={200: None},
@@ -305,5 +308,6 @@ def build_app(config: RouterConfig, telemetry: TelemetryConfig, *, opening: Open
     middleware = [Middleware(Edge, is_open=not keys_of(config))]
     app = Starlette(routes=routes, lifespan=lifespan, middleware=middleware, exception_handlers=EXCEPTION_HANDLERS)
     app.state.max_body_bytes = config.max_body_bytes
+    app.state.body_s = config.body_s
     app.state.openapi = document(ENDPOINTS, title="Tiebreak", version=version("tiebreak"))
     return app

@@ -46,6 +46,8 @@ class RouterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     # The largest `n`, and the largest body: a pair's event, prompt included, must fit into one log entry.
     max_choices: Positive = 4
     max_body_bytes: Positive = 1 << 19
+    # A request's body must be here within this long.
+    body_s: Seconds = 30.0
     # Chat requests at once: above the first 503, one key above the second 429.
     max_in_flight: Positive = 256
     # One base's replicas are given as many generations (a pair can be two) as they answer without queues, at least this

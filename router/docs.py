@@ -28,7 +28,8 @@ const make = (tag, text, parent) => {
   return element;
 };
 const name = (schema) => schema?.$ref ? schema.$ref.split("/").pop() : JSON.stringify(schema ?? {});
-const contents = (content) => Object.entries(content ?? {}).map(([type, { schema }]) => `${name(schema)} (${type})`);
+const contents = (content) => Object.entries(content ?? {})
+  .map(([type, { schema, itemSchema }]) => `${name(schema ?? itemSchema)} (${type})`);
 function drawOperation(path, method, operation, host) {
   const details = make("details", "", host);
   const summary = make("summary", "", details);

@@ -5,7 +5,7 @@
     ├── Unauthenticated 401 ── InvalidToken               ├── Gone 410
     ├── Forbidden 403 ── ConsentRequired                  ├── TooManyRequests 429
     ├── NotFound 404, MethodNotAllowed 405                ├── UpstreamFailed 502, DeadlineExceeded 504
-    ├── PayloadTooLarge 413                               └── Unavailable 503
+    ├── RequestTimeout 408, PayloadTooLarge 413           └── Unavailable 503
     └── ClientClosed 499 (nobody reads it)
 A docstring is the default message. Messages never echo what the client sent, but for a field's name.
 """
@@ -105,6 +105,12 @@ class MethodNotAllowed(RouterError):
     """This path does not take this method; GET /docs lists what it takes."""
 
     status, type, code = 405, "invalid_request_error", "method_not_allowed"
+
+
+class RequestTimeout(RouterError):
+    """The request's body did not arrive in time."""
+
+    status, type, code = 408, "timeout_error", "request_timeout"
 
 
 class Conflict(RouterError):

@@ -11,15 +11,25 @@ from urllib.parse import urlsplit
 import msgspec
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
+from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from router.admission import is_loopback
-from router.errors import Forbidden, MethodNotAllowed, NotFound, PayloadTooLarge, RouterError
+from router.errors import (
+    ClientClosed,
+    Forbidden,
+    MethodNotAllowed,
+    NotFound,
+    PayloadTooLarge,
+    RequestTimeout,
+    RouterError,
+)
 from telemetry.events import new_id
 
-MAX_BODY: Final = "max_body_bytes"  # name in the application's state
+MAX_BODY: Final = "max_body_bytes"  # names in the application's state
+BODY_S: Final = "body_s"
 _REQUEST_ID = re.compile(r"^[A-Za-z0-9._:-]{1,128}$")
 KEEP_ALIVE: Final = b": keep-alive\n\n"  # a comment: proxies see traffic, clients ignore it
 KEEP_ALIVE_S: Final = 15.0
@@ -27,13 +37,22 @@ _encode = msgspec.json.Encoder().encode
 
 
 async def read_body(request: Request) -> bytes:
-    """The whole body; raises PayloadTooLarge as soon as it is too long."""
+    """The whole body. Raises PayloadTooLarge as soon as that is known, RequestTimeout, or ClientClosed."""
     limit: int = getattr(request.app.state, MAX_BODY)
+    too_large = PayloadTooLarge(f"The body is larger than {limit} bytes.")
+    if int(request.headers.get("content-length", "0")) > limit:
+        raise too_large
     body = b""
-    async for part in request.stream():
-        body += part
-        if len(body) > limit:
-            raise PayloadTooLarge(f"The body is larger than {limit} bytes.")
+    try:
+        async with asyncio.timeout(getattr(request.app.state, BODY_S)):
+            async for part in request.stream():
+                body += part
+                if len(body) > limit:
+                    raise too_large
+    except TimeoutError as error:
+        raise RequestTimeout() from error
+    except ClientDisconnect as error:
+        raise ClientClosed() from error
     return body
 
 
@@ -155,13 +174,17 @@ async def _router_error(request: Request, error: Exception) -> Response:
 
 async def _http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    if error.status_code == 405:
-        refusal: RouterError = MethodNotAllowed()
-    else:
-        refusal = NotFound("There is no such path; GET /docs lists them.")
-    answer = error_response(refusal)
-    answer.headers.update(error.headers or {})
+    if error.status_code != 405:
+        return error_response(NotFound("There is no such path; GET /docs lists them."))
+    answer = error_response(MethodNotAllowed())
+    answer.headers["Allow"] = ", ".join(sorted(_methods(request)))
     return answer
+
+
+def _methods(request: Request) -> set[str]:
+    """What the path takes: Starlette itself names only the first of its routes."""
+    routes = [route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE]
+    return {method for route in routes for method in route.methods}
 
 
 async def _unexpected(request: Request, error: Exception) -> Response:

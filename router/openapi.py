@@ -25,6 +25,7 @@ REASONS: Final = {
     401: "No valid key, or a forged pair token",
     403: "Not allowed, or no consent",
     404: "Not there",
+    408: "The body did not arrive in time",
     409: "Contradicts what is recorded",
     410: "Too late",
     413: "Too large",
@@ -50,16 +51,17 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
     role: Role | None = None  # None: anyone
     body: type[Any] | None = None
     is_body_required: bool = True
+    patterns: Mapping[str, str] = {}  # of path parameters
     answers: Mapping[int, type[Any] | None] = {}
     errors: Sequence[int] = ()
     media_type: str = "application/json"
-    streams: type[Any] | None = None  # sent as text/event-stream when asked for
+    streams: type[Any] | None = None  # the data of each server-sent event, when asked for
     headers_in: Sequence[Header] = ()
     headers_out: Sequence[Header] = ()
 
 
 def document(endpoints: Sequence[Endpoint], *, title: str, version: str) -> dict[str, Any]:
-    """OpenAPI 3.1 for ``endpoints``."""
+    """OpenAPI 3.2, the first that can describe event streams, for ``endpoints``."""
     types = {t for e in endpoints for t in (e.body, e.streams, *e.answers.values()) if t is not None} | {ErrorBody}
     ordered = sorted(types, key=lambda cls: cls.__name__)
     refs, components = msgspec.json.schema_components(ordered, ref_template=_REF)
@@ -70,7 +72,7 @@ def document(endpoints: Sequence[Endpoint], *, title: str, version: str) -> dict
         paths.setdefault(path, {})[endpoint.method.lower()] = _operation(endpoint, schema_of)
     key = {"type": "http", "scheme": "bearer", "description": "Needed where the deployment has a key file."}
     return {
-        "openapi": "3.1.0",
+        "openapi": "3.2.0",
         "info": {"title": title, "version": version},
         "paths": paths,
         "components": {"schemas": components, "securitySchemes": {"key": key}},
@@ -88,7 +90,7 @@ def _operation(endpoint: Endpoint, schema_of: Mapping[type[Any], Any]) -> dict[s
     if endpoint.body is not None:
         content = {"application/json": {"schema": schema_of[endpoint.body]}}
         operation["requestBody"] = {"required": endpoint.is_body_required, "content": content}
-    errors = {*endpoint.errors, *((401, 403) if endpoint.role else ()), *((400, 413) if endpoint.body else ())}
+    errors = {403, *endpoint.errors, *((401,) if endpoint.role else ()), *((400, 408, 413) if endpoint.body else ())}
     for status in sorted(errors):
         content = {"application/json": {"schema": schema_of[ErrorBody]}}
         operation["responses"][str(status)] = {"description": REASONS[status], "content": content}
@@ -97,7 +99,9 @@ def _operation(endpoint: Endpoint, schema_of: Mapping[type[Any], Any]) -> dict[s
 
 def _parameters(endpoint: Endpoint) -> list[dict[str, Any]]:
     names = _PATH_PARAMETER.findall(endpoint.path)
-    in_path = [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names]
+    in_path = [
+        {"name": name, "in": "path", "required": True, "schema": _text(endpoint.patterns.get(name))} for name in names
+    ]
     in_header = [
         {"name": h.name, "in": "header", "required": False, "description": h.description, "schema": {"type": "string"}}
         for h in endpoint.headers_in
@@ -110,7 +114,7 @@ def _answer(endpoint: Endpoint, status: int, schema_of: Mapping[type[Any], Any])
     schema = schema_of[cls] if cls is not None else {"type": "string"}
     content: dict[str, Any] = {endpoint.media_type: {"schema": schema}}
     if endpoint.streams is not None:
-        content["text/event-stream"] = {"schema": schema_of[endpoint.streams]}
+        content["text/event-stream"] = {"itemSchema": _event(schema_of[endpoint.streams], schema_of[ErrorBody])}
     answer: dict[str, Any] = {"description": REASONS.get(status, "Answer"), "content": content}
     if endpoint.headers_out:
         schema_text = {"type": "string"}
@@ -118,3 +122,13 @@ def _answer(endpoint: Endpoint, status: int, schema_of: Mapping[type[Any], Any])
             h.name: {"description": h.description, "schema": schema_text} for h in endpoint.headers_out
         }
     return answer
+
+
+def _text(pattern: str | None) -> dict[str, str]:
+    return {"type": "string"} if pattern is None else {"type": "string", "pattern": pattern}
+
+
+def _event(*records: Any) -> dict[str, Any]:
+    """One server-sent event: its data is one of ``records`` as JSON, or the word that ends the stream."""
+    record = {"type": "string", "contentMediaType": "application/json", "contentSchema": {"anyOf": list(records)}}
+    return {"type": "object", "required": ["data"], "properties": {"data": {"anyOf": [{"const": "[DONE]"}, record]}}}

@@ -24,6 +24,7 @@ TokenId = Annotated[str, Meta(pattern="^[0-9]{1,9}$")]
 StopText = Annotated[str, Meta(min_length=1, max_length=256)]
 Choice = Literal["a", "b", "tie", "both_bad", "skip"]
 PairWish = Literal["auto", "always", "never"]
+MAX_SCHEMA_DEPTH: Final = 64
 
 
 class TextPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -86,6 +87,21 @@ class NamedSchema(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     schema: dict[str, Any] = {}
     description: str | None = None
     strict: bool | None = None
+
+    def __post_init__(self) -> None:
+        if not _is_flat(self.schema, MAX_SCHEMA_DEPTH):
+            raise ValueError(f"A schema has at most {MAX_SCHEMA_DEPTH} levels")
+
+
+def _is_flat(document: Any, levels: int) -> bool:
+    """Whether ``document`` has at most ``levels`` levels. Without recursion, which is what deep ones exhaust."""
+    layer = [document]
+    for _ in range(levels):
+        inner = (value.values() if isinstance(value, dict) else value for value in layer)
+        layer = [value for values in inner for value in values if isinstance(value, dict | list)]
+        if not layer:
+            return True
+    return False
 
 
 class JsonSchemaFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="json_schema"):
@@ -434,4 +450,6 @@ def decode(body: bytes, cls: type[Body]) -> Body:
         raise invalid_body(error, NEUTRAL_ONLY) from error
     except UnicodeDecodeError as error:
         raise InvalidRequest("The body is not UTF-8.", code="invalid_json") from error
+    except RecursionError as error:
+        raise InvalidRequest("The body is nested too deep.", code="invalid_json") from error
     return record

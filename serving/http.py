@@ -211,7 +211,7 @@ class _Replica:
 
 def version_folder(state: Path, variant: str, version: str) -> Path:
     """Where the trainer publishes a version; raises VersionUnknown for names that are no version's."""
-    if not VERSION_PATTERN.match(version) or variant in (".", "..") or "/" in variant:
+    if not VERSION_PATTERN.fullmatch(version) or variant in (".", "..") or "/" in variant:
         raise VersionUnknown(f"{variant}/{version} is not a version's name")
     return state / "versions" / variant / version
 

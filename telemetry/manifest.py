@@ -19,7 +19,7 @@ import msgspec
 
 ADAPTER_FILE = "adapter.safetensors"
 MANIFEST_FILE = "manifest.json"
-VERSION_PATTERN = re.compile(r"^v(\d{6})-([0-9a-f]{8})$")
+VERSION_PATTERN = re.compile(r"^v([0-9]{6})-([0-9a-f]{8})$")
 
 
 class UntrustedVersion(ValueError):

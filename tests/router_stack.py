@@ -19,6 +19,7 @@ from starlette.types import ASGIApp
 
 from router.app import build_app
 from router.config import RouterConfig
+from router.protocol import PatientProtocol
 from router.services import open_services
 from serving.echo_engine import EchoEngine
 from serving.engine import Engine
@@ -112,9 +113,9 @@ class Stack:
 
 
 @asynccontextmanager
-async def serving_on_loopback(app: ASGIApp) -> AsyncIterator[str]:
+async def serving_on_loopback(app: ASGIApp, http: type[PatientProtocol] = PatientProtocol) -> AsyncIterator[str]:
     """The URL of ``app`` under uvicorn on a free port."""
-    config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", lifespan="on", ws="none")
+    config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", lifespan="on", ws="none", http=http)
     server = uvicorn.Server(config)
     task = asyncio.create_task(server._serve())
     while not server.started:

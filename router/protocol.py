@@ -1,0 +1,75 @@
+"""HTTP/1.1 beneath the application: uvicorn's parser, with an end to the patience for what a client has begun to send.
+
+A request's head must be here in time and small. After an early answer (413) the rest of the body must come in time too.
+A body that the application waits for is its own business (``read_body``): to that an answer can be sent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import ClassVar
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+
+class PatientProtocol(HttpToolsProtocol):
+    """One connection. Without it, one that sends nothing, or a byte now and then, is kept for ever."""
+
+    patience_s: ClassVar[float] = 10.0
+    max_head_bytes: ClassVar[int] = 1 << 16
+
+    _cut: asyncio.TimerHandle | None = None
+    _awaits_head = True
+    _heads = 0  # that were complete
+    _head_bytes = 0  # of the one that is not
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._wait()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_waiting()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        heads = self._heads if self._awaits_head else -1
+        super().data_received(data)
+        if heads != self._heads:
+            self._head_bytes = 0
+        elif not self.transport.is_closing():
+            self._wait()
+            self._head_bytes += len(data)
+            if self._head_bytes > self.max_head_bytes:
+                self.send_400_response("The request's head is too large.")
+
+    def on_headers_complete(self) -> None:
+        self._stop_waiting()
+        self._awaits_head = False
+        self._heads += 1
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        self._stop_waiting()
+        self._awaits_head = True
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if not self._awaits_head:
+            self._wait()
+
+    def _wait(self) -> None:
+        if self._cut is None:
+            self._cut = self.loop.call_later(self.patience_s, self._give_up)
+
+    def _stop_waiting(self) -> None:
+        if self._cut is not None:
+            self._cut.cancel()
+            self._cut = None
+
+    def _give_up(self) -> None:
+        self._cut = None
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._wait()  # an earlier request is still being answered
+        else:
+            self.transport.close()
