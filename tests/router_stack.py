@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import aiohttp
 import msgspec
@@ -22,9 +22,10 @@ from router.config import RouterConfig
 from router.protocol import PatientProtocol
 from router.services import open_services
 from serving.echo_engine import EchoEngine
-from serving.engine import Engine
+from serving.engine import ChunkStream, Engine
 from serving.http import ReplicaInfo
 from serving.http import build_app as build_replica
+from serving.wire import Chunk, GenerateRequest
 from telemetry.config import TelemetryConfig, open_log, redis_client_async
 from telemetry.event_log import EventLog
 from telemetry.events import TOPICS, AnyEvent, decode, utc_now
@@ -110,6 +111,48 @@ class Stack:
         wanted = [f'{label}="{value}"' for label, value in labels.items()]
         samples = [line for line in lines if line.startswith((f"{name}{{", f"{name} "))]
         return sum(float(line.rsplit(" ", 1)[1]) for line in samples if all(word in line for word in wanted))
+
+
+class FaultyEngine(EchoEngine):
+    """An echo engine that fails ``version`` after ``good_chunks`` chunks, or misnames the version it answers with."""
+
+    def __init__(self, version: str, good_chunks: int, *, says: str = "", token_s: float = 0.0) -> None:
+        super().__init__(token_s=token_s)
+        self._faulty = version
+        self._good_chunks = good_chunks
+        self._says = says
+        self.submitted = 0
+
+    async def submit(self, request: GenerateRequest) -> ChunkStream:
+        self.submitted += 1
+        stream = await super().submit(request)
+        return _Faulty(stream, self._good_chunks, self._says) if request.version == self._faulty else stream
+
+
+class _Faulty:
+    def __init__(self, stream: ChunkStream, good_chunks: int, says: str) -> None:
+        self._stream, self._says = stream, says
+        self._chunks = self._read(good_chunks)
+
+    async def _read(self, good_chunks: int) -> AsyncGenerator[Chunk]:
+        async with aclosing(self._stream) as stream:
+            count = 0
+            async for chunk in stream:
+                if not self._says and count == good_chunks:
+                    yield Chunk(chunk.index, chunk.version, finish_reason="error", error="engine_failed")
+                    return
+                yield replace(chunk, version=self._says or chunk.version)
+                count += 1
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Chunk:
+        return await anext(self._chunks)
+
+    async def aclose(self) -> None:
+        await self._chunks.aclose()
+        await self._stream.aclose()
 
 
 @asynccontextmanager

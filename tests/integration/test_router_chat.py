@@ -7,7 +7,7 @@ import itertools
 import json
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
-from typing import Any, Self
+from typing import Any
 
 import aiohttp
 import msgspec
@@ -22,7 +22,6 @@ from router.backends import ReplicaPool
 from router.errors import Unavailable
 from router.tables import Tables
 from serving.echo_engine import EchoEngine
-from serving.engine import ChunkStream
 from serving.wire import Chunk, GenerateRequest, Sampling
 from telemetry.config import TelemetryConfig
 from telemetry.events import CompletionServed, Message, PairShown
@@ -30,6 +29,7 @@ from telemetry.routing import RoutingTable
 from tests.router_stack import (
     CANARY,
     STABLE,
+    FaultyEngine,
     Stack,
     fast,
     load,
@@ -45,48 +45,6 @@ from tests.router_stack import (
 async def stack(telemetry_config: TelemetryConfig) -> AsyncIterator[Stack]:
     async with running_stack(telemetry_config) as running:
         yield running
-
-
-class FaultyEngine(EchoEngine):
-    """An echo engine that fails ``version`` after ``good_chunks`` chunks, or misnames the version it answers with."""
-
-    def __init__(self, version: str, good_chunks: int, *, says: str = "", token_s: float = 0.0) -> None:
-        super().__init__(token_s=token_s)
-        self._faulty = version
-        self._good_chunks = good_chunks
-        self._says = says
-        self.submitted = 0
-
-    async def submit(self, request: GenerateRequest) -> ChunkStream:
-        self.submitted += 1
-        stream = await super().submit(request)
-        return _Faulty(stream, self._good_chunks, self._says) if request.version == self._faulty else stream
-
-
-class _Faulty:
-    def __init__(self, stream: ChunkStream, good_chunks: int, says: str) -> None:
-        self._stream, self._says = stream, says
-        self._chunks = self._read(good_chunks)
-
-    async def _read(self, good_chunks: int) -> AsyncGenerator[Chunk]:
-        async with aclosing(self._stream) as stream:
-            count = 0
-            async for chunk in stream:
-                if not self._says and count == good_chunks:
-                    yield Chunk(chunk.index, chunk.version, finish_reason="error", error="engine_failed")
-                    return
-                yield replace(chunk, version=self._says or chunk.version)
-                count += 1
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> Chunk:
-        return await anext(self._chunks)
-
-    async def aclose(self) -> None:
-        await self._chunks.aclose()
-        await self._stream.aclose()
 
 
 ALWAYS: dict[str, Any] = {"user": "ann", "preference": {"pair": "always"}}

@@ -5,8 +5,7 @@ const [url, scenario] = process.argv.slice(2);
 const client = new OpenAI({ baseURL: `${url}/v1`, apiKey: "none", maxRetries: 0 });
 const ask = { model: "chat", messages: [{ role: "user", content: "one two three" }] };
 
-async function chunks(more = {}) {
-  const seen = [];
+async function chunks(more = {}, seen = []) {
   for await (const chunk of await client.chat.completions.create({ ...ask, ...more, stream: true })) seen.push(chunk);
   return seen;
 }
@@ -67,6 +66,11 @@ const scenarios = {
       }
     }
     return { seen };
+  },
+  async reading() {
+    const seen = [];
+    const error = await chunks({}, seen).then(() => null, (failure) => failure.code ?? failure.message);
+    return { choices: joined(seen), error };
   },
   async models() {
     const ids = [];
