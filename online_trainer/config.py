@@ -62,12 +62,20 @@ class TrainerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     # is shrunk back: what is learned keeps its direction, and text stays language. 0: no limit.
     kl_budget: float = 0.12
 
+    # Perplexity of probe answers under the base, as a multiple of the base's own, past which the adapter is shrunk once
+    # more before it is published: the release gate would refuse it, and all that it has learned with it. 0: never.
+    max_perplexity_ratio: float = 1.3
+
     # A step is taken on this many new verdicts, or on fewer once the oldest has waited flush_s seconds.
     batch_pairs: int = 8
     flush_s: float = 4.0
-    # Earlier verdicts beside the new ones in each step, drawn from the last replay_window.
+    # Earlier verdicts beside the new ones in each step, drawn from the last replay_window; none while more wait.
     replay_pairs: int = 4
     replay_window: int = 128
+    # Steps that one verdict takes part in at most. When no verdict has come for rehearse_s seconds, earlier ones are
+    # gone through again up to this; 1: none is seen twice.
+    max_passes: int = 4
+    rehearse_s: float = 5.0
     # Verdicts of one user in one step; the others wait for the next (one eager person is not a crowd).
     max_pairs_per_user: int = 4
     # Share of prompts (by hash) that are never trained on, and how many of their verdicts judge a version.
@@ -77,7 +85,7 @@ class TrainerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     max_prompt_tokens: int = 512
     max_completion_tokens: int = 256
     # Tokens of one forward and backward pass; memory grows with it.
-    micro_batch_tokens: int = 2048
+    micro_batch_tokens: int = 1024
 
     # Seconds between two published versions at least.
     publish_interval_s: float = 15.0

@@ -23,23 +23,23 @@ PROBE_TEMPERATURE = 0.7
 
 
 class Answers(NamedTuple):
-    """Sampled answers as rows whose rejected side is empty, and their texts."""
+    """Sampled answers as rows whose rejected side is empty, their texts, and the logits they were drawn from."""
 
     rows: list[PairTokens]
     texts: list[str]
+    logits_MV: Tensor  # before the temperature, row after row
 
-    def spoken(self) -> Answers:
-        """Without the answers that have no token at all: there is nothing to measure on them."""
-        kept = [(row, text) for row, text in zip(self.rows, self.texts, strict=True) if row.chosen]
-        return Answers([row for row, _ in kept], [text for _, text in kept])
+    def spoken(self) -> list[PairTokens]:
+        """The answers that have a token at all: there is nothing to measure on the others."""
+        return [row for row in self.rows if row.chosen]
 
 
 class Divergence(NamedTuple):
-    """Means over tokens, in nats."""
+    """Means over positions, in nats. All are whole-vocabulary expectations: what was drawn there adds no noise."""
 
     kl: float  # KL(policy || base)
     entropy: float  # of the policy
-    surprise: float  # −log-prob under the base
+    surprise: float  # −log-prob under the base of what the policy says next at PROBE_TEMPERATURE
 
 
 @torch.no_grad()
@@ -56,11 +56,14 @@ def sample(policy: Policy, prompts: Sequence[PairTokens], *, tokens: int, temper
         out = model.generate(
             input_ids=ids.to(policy.device), attention_mask=mask.to(policy.device), max_new_tokens=tokens,
             do_sample=True, temperature=temperature, top_k=0, top_p=1.0, pad_token_id=end, eos_token_id=end,
+            output_logits=True, return_dict_in_generate=True,
         )  # fmt: skip
-    answers = [_until(end, row) for row in out[:, width:].tolist()]
+    answers = [_until(end, row) for row in out.sequences[:, width:].tolist()]
     texts = [tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
     rows = [PairTokens(prompt.prompt, answer, ()) for prompt, answer in zip(prompts, answers, strict=True)]
-    return Answers(rows, texts)
+    logits_BTV = torch.stack(out.logits, dim=1)
+    said = [logits_TV[: len(answer)] for logits_TV, answer in zip(logits_BTV, answers, strict=True)]
+    return Answers(rows, texts, torch.cat(said))
 
 
 def _until(end: int, ids: list[int]) -> tuple[int, ...]:
@@ -68,13 +71,14 @@ def _until(end: int, ids: list[int]) -> tuple[int, ...]:
     return tuple(ids[: ids.index(end) + 1] if end in ids else ids)
 
 
-def divergence(policy_MV: Tensor, base_MV: Tensor, target_M: Tensor) -> Divergence:
+def divergence(policy_MV: Tensor, base_MV: Tensor) -> Divergence:
     """KL, entropy and surprise from both models' logits."""
     log_p_MV, log_q_MV = policy_MV.float().log_softmax(-1), base_MV.float().log_softmax(-1)
     p_MV = log_p_MV.exp()
     kl = (p_MV * (log_p_MV - log_q_MV)).sum(-1).mean()
     entropy = -(p_MV * log_p_MV).sum(-1).mean()
-    surprise = -log_q_MV.gather(-1, target_M[:, None]).mean()
+    said_MV = (policy_MV.float() / PROBE_TEMPERATURE).softmax(-1)
+    surprise = -(said_MV * log_q_MV).sum(-1).mean()
     return Divergence(float(kl), float(entropy), float(surprise))
 
 
@@ -92,18 +96,16 @@ class Drift:
     def kl_per_token(self) -> float:
         """Of the policy as it is now."""
         policy_MV = self._policy.upper(self._rows, self._hidden_BTD)
-        return divergence(policy_MV, self._base_MV, self._rows.target_M).kl
+        return divergence(policy_MV, self._base_MV).kl
 
 
 @torch.no_grad()
-def compare(policy: Policy, rows: Sequence[PairTokens]) -> Divergence:
-    """Policy against base on ``rows``' completions."""
-    packed = pack(rows).to(policy.device)
-    hidden_BTD = policy.lower(packed)
-    policy_MV = policy.upper(packed, hidden_BTD)
+def compare(policy: Policy, answers: Answers) -> Divergence:
+    """The policy as it was when it gave ``answers``, against the base."""
+    packed = pack(answers.spoken()).to(policy.device)
     with policy.as_reference():
-        base_MV = policy.upper(packed, hidden_BTD)
-    return divergence(policy_MV, base_MV, packed.target_M)
+        base_MV = policy.upper(packed, policy.lower(packed))
+    return divergence(answers.logits_MV, base_MV)
 
 
 def probe_prompts(policy: Policy, texts: Sequence[str], limit: int) -> list[PairTokens]:
@@ -119,7 +121,7 @@ def probe(policy: Policy, prompts: Sequence[PairTokens], *, tokens: int, seed: i
 
 def measure(policy: Policy, answers: Answers) -> dict[str, float]:
     """``probe``'s numbers of answers that are there."""
-    found = compare(policy, answers.spoken().rows) if answers.spoken().rows else Divergence(0.0, 0.0, 0.0)
+    found = compare(policy, answers) if answers.spoken() else Divergence(0.0, 0.0, 0.0)
     return {
         "kl_per_token": found.kl,
         "probe_repetition": _mean([repetition_ratio(text) for text in answers.texts]),
@@ -137,7 +139,7 @@ def base_yardsticks(
         answers = sample(policy, prompts, tokens=tokens, temperature=PROBE_TEMPERATURE, seed=seed)
         found = measure(policy, answers)
     named = {f"base_{name}": value for name, value in found.items() if name != "kl_per_token"}
-    return Drift(policy, answers.spoken().rows), named
+    return Drift(policy, answers.spoken()), named
 
 
 @torch.no_grad()

@@ -33,6 +33,7 @@ class Verdict(msgspec.Struct, frozen=True):
     rejected: Completion
     trace: tuple[str, str] = ("", "")  # (trace_id, span_id)
     tries: int = 0  # steps that were taken on it as a new verdict; more than one only where weights were refused
+    passes: int = 0  # steps that it took part in since
 
 
 class IntakeState(msgspec.Struct, frozen=True):
@@ -140,6 +141,10 @@ class Intake:
                 taken.append(verdict)
         return taken
 
+    def replayable(self, max_passes: int) -> list[Verdict]:
+        """Verdicts trained on that may take part in a further step, oldest first."""
+        return [verdict for verdict in self.replay if verdict.passes < max_passes]
+
     def waits_since(self) -> datetime | None:
         """When the verdict that has waited longest was given."""
         return min((verdict.occurred_at for verdict in self.pending), default=None)
@@ -148,22 +153,29 @@ class Intake:
         """The verdicts that a later step or evaluation may still use."""
         return {verdict.preference_id for verdict in (*self.pending, *self.replay, *self.heldout)}
 
-    def trained(self, batch: Iterable[Verdict]) -> None:
-        """``batch`` has been trained on: it waits no longer and may be replayed."""
+    def trained(self, batch: Iterable[Verdict], replayed: Iterable[Verdict] = ()) -> None:
+        """A step was taken on new verdicts, which wait no longer and may be replayed, and on earlier ones."""
+        again = {verdict.preference_id for verdict in replayed}
+        self.replay = [_passed(verdict) if verdict.preference_id in again else verdict for verdict in self.replay]
         ids = {verdict.preference_id for verdict in batch}
         done = [verdict for verdict in self.pending if verdict.preference_id in ids]
-        self.replay += [msgspec.structs.replace(verdict, tries=verdict.tries + 1) for verdict in done]
+        self.replay += [_passed(msgspec.structs.replace(verdict, tries=verdict.tries + 1)) for verdict in done]
         del self.replay[: max(0, len(self.replay) - self._replay_window)]
         self.pending = [verdict for verdict in self.pending if verdict.preference_id not in ids]
 
     def unlearned(self, preference_ids: Iterable[str]) -> None:
         """The weights that had learned these are gone: they wait again, or are dropped after two chances."""
         lost = dict.fromkeys(preference_ids)
-        again = [v for v in self.replay if v.preference_id in lost and v.tries < MAX_TRIES]
+        lost_ones = [verdict for verdict in self.replay if verdict.preference_id in lost]
+        again = [msgspec.structs.replace(verdict, passes=0) for verdict in lost_ones if verdict.tries < MAX_TRIES]
         self.pending = [*again, *self.pending]
         waiting = {verdict.preference_id for verdict in self.pending}
         self.replay = [verdict for verdict in self.replay if verdict.preference_id not in lost]
         self.dropped += [(name, "refused") for name in lost if name not in waiting]
+
+
+def _passed(verdict: Verdict) -> Verdict:
+    return msgspec.structs.replace(verdict, passes=verdict.passes + 1)
 
 
 def _verdict(event: PreferenceRecorded) -> Verdict:

@@ -1,7 +1,7 @@
 """What the weights descend from, and which verdicts they have learned since: the truth that receipts rely on.
 
 Published versions form a chain back to the base. When the release refuses one of them, the weights go back to
-the stable version, and what was learned only after it is lost with them.
+a sound one, and what was learned only after it is lost with them.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ class Lineage(msgspec.Struct, frozen=True):
 
     parent: str  # version that the weights descend from
     ancestors: tuple[Taught, ...] = ()  # up to the parent, newest last, bounded; the base is not among them
+    steps: int = 0  # taken since the parent, those on earlier verdicts alone included
     preference_ids: tuple[str, ...] = ()  # learned since the parent
     oldest_verdict_at: datetime | None = None  # of those
 
@@ -35,13 +36,20 @@ class Lineage(msgspec.Struct, frozen=True):
         """Whether the present weights come from a published ``version``."""
         return any(taught.version == version for taught in self.ancestors)
 
+    def before(self, version: str) -> str:
+        """The published ancestor that ``version`` was trained from; "" where there is none of ours."""
+        names = [taught.version for taught in self.ancestors]
+        at = names.index(version) if version in names else 0
+        return names[at - 1] if at else ""
+
     def learned(self, batch: Sequence[Verdict]) -> Lineage:
-        """After a step on new verdicts."""
+        """After a step on the new verdicts ``batch``; there may be none, where earlier ones were gone through again."""
         times = [verdict.occurred_at for verdict in batch]
         if self.oldest_verdict_at is not None:
             times.append(self.oldest_verdict_at)
-        ids = tuple(verdict.preference_id for verdict in batch)
-        return msgspec.structs.replace(self, preference_ids=self.preference_ids + ids, oldest_verdict_at=min(times))
+        ids = self.preference_ids + tuple(verdict.preference_id for verdict in batch)
+        oldest = min(times, default=None)
+        return msgspec.structs.replace(self, steps=self.steps + 1, preference_ids=ids, oldest_verdict_at=oldest)
 
     def published(self, version: str) -> Lineage:
         """After ``version`` was made of the present weights."""

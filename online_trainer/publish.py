@@ -124,5 +124,6 @@ def _training(config: TrainerConfig) -> dict[str, float | int | str]:
         "kl_budget": config.kl_budget,
         "batch_pairs": config.batch_pairs,
         "replay_pairs": config.replay_pairs,
+        "max_passes": config.max_passes,
         "layers": config.layers,
     }

@@ -50,6 +50,7 @@ log = logging.getLogger("online_trainer")
 POLL_ENTRIES = 256
 POLL_S = 0.5
 RETRY_S = 1.0
+STEP_BACK = 0.7  # of the adapter that strays: half of its KL
 RESETTING = frozenset({"rejected", "rolled_back"})
 
 
@@ -76,6 +77,7 @@ class Trainer:
         )
         self._learner = Learner(policy, config, drift.kl_per_token)
         self._published_at: datetime | None = None
+        self._learned_at = now()  # the last step on new verdicts
         self._oldest_drop_at: datetime | None = None
 
         found = checkpoint.load_newest(folder)
@@ -112,11 +114,14 @@ class Trainer:
         for entry in entries:
             self._take(entry)
         metrics.TRAINER_LAG.set(reader.lag())
-        if batch := self._due_batch(is_caught_up=len(entries) < POLL_ENTRIES):
-            self._train(batch)
+        is_caught_up = len(entries) < POLL_ENTRIES
+        if batch := self._due_batch(is_caught_up=is_caught_up):
+            self._train(batch, self._beside(batch))
         elif self._is_due(self._oldest_drop_at, self._config.flush_s):
             self._report_drops()
-        if self._lineage.preference_ids and self._may_publish():
+        elif rehearsal := self._rehearsal(is_caught_up=is_caught_up):
+            self._train([], rehearsal)
+        if self._has_news() and self._may_publish():
             self._publish()
 
     # ---- what comes in ----------------------------------------------------------------------------------------
@@ -141,7 +146,12 @@ class Trainer:
                 self._intake.retract(event)
             case ReleaseChanged() if event.variant == self._config.variant and event.state in RESETTING:
                 if self._lineage.descends_from(event.version):
-                    self._fall_back(event.stable)
+                    self._fall_back(self._sound(event))
+
+    def _sound(self, refused: ReleaseChanged) -> str:
+        """The version to go back to: an unmet one takes only itself away, one that users met all since stable."""
+        nearest = self._lineage.before(refused.version) if refused.state == "rejected" else ""
+        return nearest or refused.stable
 
     def _due_batch(self, *, is_caught_up: bool) -> list[Verdict]:
         """The next step's new verdicts: a full batch, or what there is once the oldest has waited long enough."""
@@ -150,30 +160,47 @@ class Trainer:
         has_waited = is_caught_up and self._is_due(self._intake.waits_since(), self._config.flush_s)
         return batch if is_full or (batch and has_waited) else []
 
+    def _beside(self, batch: list[Verdict]) -> list[Verdict]:
+        """Earlier verdicts for the same step. Where more new ones wait there are none: those first."""
+        is_behind = len(self._intake.pending) > len(batch)
+        return [] if is_behind else self._earlier(self._config.replay_pairs)
+
+    def _rehearsal(self, *, is_caught_up: bool) -> list[Verdict]:
+        """Earlier verdicts for a step of their own, where nothing new has come for a while."""
+        is_idle = is_caught_up and not self._intake.pending
+        if not (is_idle and self._is_due(self._learned_at, self._config.rehearse_s)):
+            return []
+        return self._earlier(self._config.batch_pairs)
+
+    def _earlier(self, count: int) -> list[Verdict]:
+        return self._learner.draw(self._intake.replayable(self._config.max_passes), count)
+
     def _is_due(self, since: datetime | None, after_s: float) -> bool:
         return since is not None and self._now() - since >= timedelta(seconds=after_s)
 
     # ---- a step -----------------------------------------------------------------------------------------------
 
-    def _train(self, batch: list[Verdict]) -> None:
+    def _train(self, batch: list[Verdict], replayed: list[Verdict]) -> None:
+        """One step on the new verdicts ``batch`` and earlier ones."""
         with tracing.span("train step", linked=[verdict.trace for verdict in batch]) as span:
             trace_id, span_id = tracing.ids(span)
-            replayed = self._learner.draw(self._intake.replay)
             values = self._learner.learn(self._examples.of([*batch, *replayed]))
         for verdict in batch:
             if verdict.trace[0]:  # a mark in the verdict's own trace, so that one trace leads from click to version
                 tracing.record("trained", within=tracing.parent(*verdict.trace), linked=[(trace_id, span_id)])
-        self._intake.trained(batch)
+        self._intake.trained(batch, replayed)
+        self._learned_at = self._now() if batch else self._learned_at
         self._examples.keep(self._intake.usable_ids())
         self._lineage = self._lineage.learned(batch)
         event = BatchTrained(
-            event_id=derived_id(f"trained/{self._batch_id}/{'/'.join(v.preference_id for v in batch)}"),
+            event_id=derived_id(f"trained/{self._batch_id}/{'/'.join(v.preference_id for v in [*batch, *replayed])}"),
             trace_id=trace_id,
             span_id=span_id,
             batch_id=self._batch_id,
             variant=self._config.variant,
             step=self._learner.step,
             preference_ids=tuple(verdict.preference_id for verdict in batch),
+            replayed_ids=tuple(verdict.preference_id for verdict in replayed),
             traces=tuple(verdict.trace for verdict in batch if verdict.trace[0]),
             dropped=self._drops(),
             metrics=values,
@@ -208,8 +235,9 @@ class Trainer:
         variant = self._config.variant
         metrics.STEPS.labels(variant).inc()
         metrics.PAIRS_TRAINED.labels(variant).inc(len(batch))
-        ages = sorted((self._now() - verdict.occurred_at).total_seconds() for verdict in batch)
-        metrics.LABEL_AGE.labels(variant).set(ages[len(ages) // 2])
+        if batch:
+            ages = sorted((self._now() - verdict.occurred_at).total_seconds() for verdict in batch)
+            metrics.LABEL_AGE.labels(variant).set(ages[len(ages) // 2])
         for name, value in values.items():
             metrics.TRAIN_VALUE.labels(variant, name).set(value)
         ids = {"action": "step_taken", "step": self._learner.step, "pairs": len(batch), "kl": round(values["kl"], 4)}
@@ -236,30 +264,41 @@ class Trainer:
             metrics.HELDOUT_WIN_RATE.labels(self._config.variant, version).set(win_rate)
         log.info("published", extra={"action": "version_published", "version": version, **draft.metrics})
 
+    def _has_news(self) -> bool:
+        """Whether the weights know a verdict that no version knows, or have gone over the earlier ones to the end."""
+        is_rehearsed = self._lineage.steps > 0 and not self._intake.replayable(self._config.max_passes)
+        return bool(self._lineage.preference_ids) or is_rehearsed
+
     def _may_publish(self) -> bool:
         return self._published_at is None or self._is_due(self._published_at, self._config.publish_interval_s)
 
     def _evaluation(self) -> dict[str, float]:
         """What the release gate reads."""
-        config = self._config
-        tokens, seed = config.probe_tokens, config.seed
-        own = evaluate.probe(self._policy, self._prompts, tokens=tokens, seed=seed)
+        own, limit = self._probe(), self._config.max_perplexity_ratio
+        if limit and own["probe_perplexity"] > limit * self._base_metrics["base_probe_perplexity"]:
+            log.info("too far from the base", extra={"action": "stepped_back", **own})
+            self._policy.shrink(STEP_BACK)
+            own = self._probe()
         heldout = evaluate.heldout(self._policy, self._examples.of(self._intake.heldout))
         return {**self._base_metrics, **own, **heldout}
 
-    def _fall_back(self, stable: str) -> None:
-        """A version that the weights descend from was refused: go back to the stable one, or to the base."""
+    def _probe(self) -> dict[str, float]:
+        config = self._config
+        return evaluate.probe(self._policy, self._prompts, tokens=config.probe_tokens, seed=config.seed)
+
+    def _fall_back(self, sound: str) -> None:
+        """A version that the weights descend from was refused: go back to a sound one, or to the base."""
         try:
-            self._policy.load(self._store.read(stable))
+            self._policy.load(self._store.read(sound))
         except (FileNotFoundError, UntrustedVersion, IncompatibleAdapter) as error:
             self._policy.reset()
-            if stable != base_version(self._base_digest):
-                log.warning("%s; starting from the base", error, extra={"action": "stable_unusable"})
-            stable = base_version(self._base_digest)
-        self._lineage, lost = self._lineage.fallen_back(stable)
+            if sound != base_version(self._base_digest):
+                log.warning("%s; starting from the base", error, extra={"action": "sound_version_unusable"})
+            sound = base_version(self._base_digest)
+        self._lineage, lost = self._lineage.fallen_back(sound)
         self._intake.unlearned(lost)
         self._learner.forget_momentum()
-        log.info("fell back", extra={"action": "weights_reset", "version": stable})
+        log.info("fell back", extra={"action": "weights_reset", "version": sound})
 
     # ---- what must survive ------------------------------------------------------------------------------------
 
@@ -307,7 +346,7 @@ class Trainer:
     def _announce_unannounced(self) -> None:
         """A version was written, and then the trainer died before its checkpoint: it is announced now."""
         lineage = self._lineage
-        if not lineage.preference_ids:
+        if not lineage.steps:
             return
         found = self._store.unannounced(lineage.parent, self._learner.step, lineage.preference_ids)
         if found is None:

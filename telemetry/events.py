@@ -172,7 +172,8 @@ class BatchTrained(Event, frozen=True, tag=True, kw_only=True):
     batch_id: str  # variant/step, zero-padded
     variant: str
     step: int
-    preference_ids: tuple[str, ...]  # trained on (new ones; replayed ones are not repeated here)
+    preference_ids: tuple[str, ...]  # trained on for the first time
+    replayed_ids: tuple[str, ...] = ()  # trained on again
     traces: tuple[tuple[str, str], ...] = ()  # (trace_id, span_id) of those verdicts
     dropped: tuple[tuple[str, str], ...] = ()  # (preference_id, reason)
     metrics: dict[str, float] = {}

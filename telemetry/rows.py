@@ -83,7 +83,7 @@ SCHEMAS: Final[dict[str, pa.Schema]] = {
     "versions": _schema(
         variant="text", version="text", parent="text", base="text", digest="text", uri="text", step="int",
         batch_id="text", state="text", stable="text", reason="text", actor="text", preference_ids="texts",
-        oldest_verdict_at="time", metrics="text",
+        replayed_ids="texts", oldest_verdict_at="time", metrics="text",
     ),
     "dead_letters": _schema(
         source_topic="text", source_partition="int", source_offset="int", reason="text", payload="bytes"
@@ -164,7 +164,8 @@ def _completion(event: CompletionServed) -> Row:
 
 def _batch(event: BatchTrained) -> Row:
     row = _same(event, "batch_id", "variant", "step")
-    return {**row, "preference_ids": list(event.preference_ids), "metrics": _json(event.metrics)}
+    ids = {"preference_ids": list(event.preference_ids), "replayed_ids": list(event.replayed_ids)}
+    return {**row, **ids, "metrics": _json(event.metrics)}
 
 
 def _version(event: VersionPublished) -> Row:

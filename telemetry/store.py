@@ -16,7 +16,7 @@ from typing import Any, Final
 import msgspec
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.compute as pc  # type: ignore[import-untyped]
-from deltalake import CommitProperties, DeltaTable, Transaction, write_deltalake
+from deltalake import CommitProperties, DeltaTable, Schema, Transaction, write_deltalake
 from deltalake.exceptions import CommitFailedError
 
 from telemetry.event_log import Entry, Offsets
@@ -53,6 +53,7 @@ class Table:
         uri = f"{root}/{self.name}"
         is_new = not DeltaTable.is_deltatable(uri)
         self._delta = DeltaTable.create(uri, schema=self._schema) if is_new else DeltaTable(uri)
+        self._add_columns()
         self._seen: dict[str, None] = dict.fromkeys(self._recent_ids())
         self._commits = 0
 
@@ -103,6 +104,12 @@ class Table:
         """Join small files, and delete those that no reader needs any more."""
         self._delta.optimize.compact(target_size=COMPACT_BYTES)
         self._delta.vacuum(retention_hours=KEEP_OLD_FILES_H, dry_run=False, enforce_retention_duration=False)
+
+    def _add_columns(self) -> None:
+        """A table of an earlier version of this program gets the columns that it lacks; old rows hold nothing there."""
+        known = {field.name for field in self._delta.schema().fields}
+        if missing := [field for field in Schema.from_arrow(self._schema).fields if field.name not in known]:
+            self._delta.alter.add_columns(missing)
 
     def _app(self, partition: int) -> str:
         return f"{self.topic}/{partition}"

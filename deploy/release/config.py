@@ -109,8 +109,10 @@ class CanaryConfig(_Table, frozen=True):
     reject_z: float = 1.96
     # Verdicts of one user that count: one eager person is not a crowd.
     max_verdicts_per_user: int = 12
-    # Seconds an undecided canary keeps its place when a newer version waits, and when none does.
-    hold_s: float = 45.0
+    # Seconds an undecided canary keeps its place when a newer version waits: the first, and twice as long with each one
+    # that made room undecided since the last decision, up to the second. Where none waits: max_s.
+    hold_s: float = 20.0
+    longest_hold_s: float = 160.0
     max_s: float = 3600.0
 
 

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from deploy.release import moves
 from deploy.release.commands import obey
-from deploy.release.config import ReleaseConfig, VariantConfig
+from deploy.release.config import CanaryConfig, ReleaseConfig, VariantConfig
 from deploy.release.evidence import remember
 from deploy.release.guards import Decision, Score, judge_canary, judge_probes, judge_watch, offline_gate
 from deploy.release.moves import Moved
@@ -196,13 +196,19 @@ def _settle_canary(state: VariantState, trial: Trial, world: World, limits: Rele
         return moves.end_trial(state, decision)
     if decision.action == "pass" and _is_ready(world, version):
         return moves.promote(state, trial, decision, world, limits)
-    if state.waiting and age_s >= canary.hold_s:
+    is_deserted = quiet_s >= canary.hold_s  # waiting longer brings no evidence
+    if state.waiting and age_s >= (canary.hold_s if is_deserted else _hold_s(state.undecided, canary)):
         why = f"{state.waiting.version} is newer; {decision.reason}"
     elif age_s >= canary.max_s:
         why = f"no proof within {canary.max_s:.0f} s, its traffic goes back to stable; {decision.reason}"
     else:
         return state, ()
     return moves.supersede_trial(state, Decision("wait", why, decision.evidence))
+
+
+def _hold_s(undecided: int, limits: CanaryConfig) -> float:
+    """Fresh versions come first, but where verdicts are rare some canary has to stay long enough to be judged."""
+    return min(limits.hold_s * 2.0 ** min(undecided, 32), max(limits.hold_s, limits.longest_hold_s))
 
 
 def _settle_waiting(state: VariantState, world: World, _: ReleaseConfig) -> Moved:

@@ -66,7 +66,7 @@ def promote(state: VariantState, trial: Trial, decision: Decision, world: World,
         probes_left=limits.watch.forced_probes if trial.is_forced else 0,
     )
     route = replace(route, stable=version, previous=previous, canary="", canary_ratio=0.0, shadow="")
-    state = replace(state, route=route, trial=None, watch=watch, window=())
+    state = replace(state, route=route, trial=None, watch=watch, window=(), undecided=0)
     return _live(state, version, "stable", decision, actor=trial.actor)
 
 
@@ -85,7 +85,7 @@ def end_trial(state: VariantState, decision: Decision, actor: str = "controller"
     assert state.trial is not None, "only a trial can be ended"
     version = state.trial.candidate.version
     name: ChangeState = "rolled_back" if state.trial.phase == "canary" else "rejected"
-    state = mark_bad(without_trial(state), version)
+    state = mark_bad(replace(without_trial(state), undecided=0), version)
     ended = change(state, version, name, decision.reason, actor=actor, evidence=decision.evidence)
     state, further = _drop_descendants(state)
     return state, (ended, *further)
@@ -95,7 +95,7 @@ def supersede_trial(state: VariantState, decision: Decision, actor: str = "contr
     """The trial makes room; nothing is held against it."""
     assert state.trial is not None, "only a trial can be superseded"
     version = state.trial.candidate.version
-    state = without_trial(state)
+    state = replace(without_trial(state), undecided=state.undecided + 1)
     reason, evidence = decision.reason, decision.evidence
     return state, (change(state, version, "superseded", reason, actor=actor, evidence=evidence),)
 

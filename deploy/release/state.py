@@ -64,6 +64,7 @@ class VariantState(msgspec.Struct, frozen=True, kw_only=True):
     window: Window = ()  # stable's latest live answers
     base_probe: Window = ()  # the base's answers to the probe prompts: the yardstick of every shadow
     known: dict[str, Candidate] = {}  # published versions, newest last, bounded
+    undecided: int = 0  # canaries in a row that made room for a newer version before there was enough evidence
     bad: tuple[str, ...] = ()  # rejected or rolled back: their descendants are refused
     untold: tuple[tuple[str, str], ...] = ()  # traces of steps since the last published version
 

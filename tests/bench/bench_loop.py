@@ -65,8 +65,20 @@ class Background:
             self.versions[response.headers["x-tiebreak-version"]] += 1
 
 
-async def click_to_live(api: Api, ids: list[str]) -> tuple[list[float], Counter[str]]:
-    """Seconds from accepted to live for every verdict that was not dropped (inf: not live at the end), and the ends."""
+@dataclass(frozen=True)
+class Journeys:
+    """What became of verdicts: seconds from one stage to a later one, and how they ended."""
+
+    times: list[dict[str, datetime]]  # of those that were not dropped
+    ends: Counter[str]
+
+    def between(self, earlier: str, later: str) -> list[float]:
+        """Infinite where the later stage was not reached."""
+        return [(t[later] - t[earlier]).total_seconds() if later in t else float("inf") for t in self.times]
+
+
+async def click_to_live(api: Api, ids: list[str]) -> Journeys:
+    """Follow verdicts until each is live or dropped, or patience ends."""
     deadline = time.monotonic() + LIVE_LIMIT_S
     while True:
         times = [_stages(await api.receipt(preference_id)) for preference_id in ids]
@@ -76,7 +88,7 @@ async def click_to_live(api: Api, ids: list[str]) -> tuple[list[float], Counter[
         await asyncio.sleep(2.0)
     ends = Counter("live" if "live" in t else "dropped" if "dropped" in t else "waiting" for t in times)
     kept = [t for t in times if "dropped" not in t]
-    return [(t["live"] - t["accepted"]).total_seconds() if "live" in t else float("inf") for t in kept], ends
+    return Journeys(kept, ends)
 
 
 async def releases_at_rest(api: Api) -> None:
@@ -158,14 +170,13 @@ async def run(persona: str, seed: int, *, with_traffic: bool) -> dict[str, Any]:
     """All stages on one stack."""
     async with running_stack() as (api, state, url), session() as http:
         clicks = await give_clicks(api, persona, Clicks(VERDICTS), users=USERS, seed=seed)
-        live, ends = await click_to_live(api, clicks.preference_ids)
+        journeys = await click_to_live(api, clicks.preference_ids)
         await releases_at_rest(api)
         stable, base = await answers(api, "chat@stable"), await answers(api, "chat@base")
         folder = base_folder(state)
         beside = await beside_traffic(api, http, url, persona, seed + 1) if with_traffic else {}
     return {
-        "live": live,
-        "ends": dict(ends),
+        "journeys": journeys,
         "choices": dict(clicks.choices),
         "win_rate": win_rate(persona, stable, base),
         "language": language_ratios(stable, base, folder),
@@ -179,9 +190,9 @@ async def beside_traffic(api: Api, http: aiohttp.ClientSession, url: str, person
     traffic = Background()
     asking = [asyncio.create_task(traffic.ask_until_done(http, url, random.Random(i))) for i in range(BACKGROUND_USERS)]
     clicks = await give_clicks(api, persona, Clicks(VERDICTS_BESIDE), users=USERS, seed=seed)
-    live, _ = await click_to_live(api, clicks.preference_ids)
+    journeys = await click_to_live(api, clicks.preference_ids)
     await asyncio.gather(*asking)
-    return {"traffic": traffic, "live_beside": live}
+    return {"traffic": traffic, "journeys_beside": journeys}
 
 
 async def main() -> None:
@@ -212,7 +223,7 @@ def rows_of(persona: str, result: dict[str, Any]) -> list[dict[str, Any]]:
             bar=0.7,
             better="higher",
             choices=result["choices"],
-            ends=result["ends"],
+            ends=dict(result["journeys"].ends),
             sample=result["sample"],
         ),
         record.row(
@@ -223,11 +234,12 @@ def rows_of(persona: str, result: dict[str, Any]) -> list[dict[str, Any]]:
             better="lower",
             **result["language"],
         ),
-        live_row(persona, result["live"]),
+        live_row(persona, result["journeys"]),
     ]
 
 
-def live_row(whose: str, live: list[float]) -> dict[str, Any]:
+def live_row(whose: str, journeys: Journeys) -> dict[str, Any]:
+    live, trained = journeys.between("accepted", "live"), journeys.between("accepted", "trained")
     return record.row(
         f"click → version live, median, {whose}",
         statistics.median(live) if live else float("inf"),
@@ -235,6 +247,7 @@ def live_row(whose: str, live: list[float]) -> dict[str, Any]:
         bar=60.0,
         better="lower",
         p90=record.quantile(live, 0.9) if live else None,
+        until_trained=statistics.median(trained) if trained else None,
         clicks=len(live),
     )
 
@@ -242,7 +255,7 @@ def live_row(whose: str, live: list[float]) -> dict[str, Any]:
 def traffic_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
     traffic: Background = result["traffic"]
     return [
-        live_row(f"beside {BACKGROUND_REQUESTS} other requests", result["live_beside"]),
+        live_row(f"beside {BACKGROUND_REQUESTS} other requests", result["journeys_beside"]),
         record.row(
             f"failed of {BACKGROUND_REQUESTS} chat requests during training and swaps",
             traffic.errors.total(),

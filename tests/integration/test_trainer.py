@@ -131,6 +131,43 @@ def test_a_few_verdicts_wait_for_more_and_then_are_trained_on_all_the_same(
     assert [batch.preference_ids for batch in eager.batches()] == [("preference-1",)]
 
 
+def test_earlier_verdicts_stand_back_while_new_ones_wait(bench: Bench) -> None:
+    bench.append(*(verdict(n) for n in range(12)))
+    bench.turn(3)
+    assert [len(batch.preference_ids) for batch in bench.batches()] == [4, 4, 4]
+    assert [len(batch.replayed_ids) for batch in bench.batches()] == [0, 0, 2]
+
+
+def test_in_quiet_times_earlier_verdicts_are_gone_through_again_and_that_is_published_once(
+    telemetry_config: TelemetryConfig, tiny_model: Path
+) -> None:
+    config = msgspec.structs.replace(CONFIG, max_passes=3, rehearse_s=0.0, replay_pairs=0)
+    bench = Bench(telemetry_config, tiny_model, config)
+    given = {f"preference-{n}" for n in range(6)}
+    bench.append(*(verdict(n) for n in range(6)))
+    bench.turn(12)
+    counts = Counter(name for batch in bench.batches() for name in batch.replayed_ids)
+    assert counts == dict.fromkeys(given, 2)
+    assert Counter(name for batch in bench.batches() for name in batch.preference_ids) == dict.fromkeys(given, 1)
+    *learned, last = bench.published()
+    assert {name for version in learned for name in version.preference_ids} == given
+    assert last.preference_ids == () and last.step == len(bench.batches()) and last.parent == learned[-1].version
+    bench.start()  # and nothing more after a restart
+    bench.turn(3)
+    assert bench.published()[-1] == last and len(bench.batches()) == last.step
+
+
+def test_a_new_verdict_ends_the_going_over_of_earlier_ones(bench: Bench) -> None:
+    bench.config = msgspec.structs.replace(CONFIG, rehearse_s=0.0, flush_s=0.0)
+    bench.start()
+    bench.append(*(verdict(n) for n in range(4)))
+    bench.turn(2)
+    assert not bench.batches()[-1].preference_ids
+    bench.append(verdict(4))
+    bench.turn()
+    assert bench.batches()[-1].preference_ids == bench.published()[-1].preference_ids == ("preference-4",)
+
+
 def test_unusable_retracted_and_held_out_verdicts_are_told_as_dropped(
     telemetry_config: TelemetryConfig, tiny_model: Path
 ) -> None:
@@ -199,6 +236,23 @@ def test_a_refused_version_takes_the_weights_back_to_the_stable_one(bench: Bench
     assert bench.published()[2].parent == first.version
 
 
+def test_a_version_that_nobody_met_takes_only_itself_away(bench: Bench) -> None:
+    for start in (0, 4, 8):
+        bench.append(*(verdict(n) for n in range(start, start + 4)))
+        bench.turn()
+    _, second, third = bench.published()
+    for number in range(8, 12):  # nothing is left to be learned again
+        bench.append(PreferenceRetracted(preference_id=f"preference-{number}", pair_id=f"pair-{number}", user="u"))
+    bench.refuse(third.version, stable=bench.base, state="rejected")
+    bench.turn()
+    sound = bench.store.read(second.version)
+    assert all(torch.equal(tensor, sound[name]) for name, tensor in bench.policy.tensors().items())
+    bench.refuse(second.version, stable=bench.base, state="rolled_back")
+    bench.turn()
+    again = bench.published()[-1]
+    assert again.parent == bench.base and set(again.preference_ids) == {f"preference-{n}" for n in range(4)}
+
+
 def test_what_refused_weights_had_learned_is_learned_again(
     bench: Bench,
 ) -> None:
@@ -209,6 +263,24 @@ def test_what_refused_weights_had_learned_is_learned_again(
     again = bench.published()[1]
     assert again.parent == bench.base and again.preference_ids == bench.published()[0].preference_ids
     assert bench.batches()[1].metrics["rewards/margins"] == pytest.approx(0.0, abs=1e-4)  # from the base, anew
+
+
+def test_a_version_that_strays_too_far_is_shrunk_before_anyone_sees_it(
+    telemetry_config: TelemetryConfig, tiny_model: Path
+) -> None:
+    wild = msgspec.structs.replace(CONFIG, kl_budget=0.0, learning_rate=0.3, max_perplexity_ratio=0.0)
+    found = {}
+    for ratio in (0.0, 1e-6):
+        config = msgspec.structs.replace(wild, max_perplexity_ratio=ratio)
+        telemetry = msgspec.structs.replace(telemetry_config, state=f"{telemetry_config.state}/{ratio}")
+        telemetry.state_path.mkdir(parents=True)
+        bench = Bench(telemetry, tiny_model, config)
+        if not found:
+            bench.append(*(verdict(n) for n in range(4)))
+        bench.turn()
+        found[ratio] = bench.policy.tensors()
+    name = "model.layers.1.self_attn.q_proj.lora_B.weight"
+    assert torch.allclose(found[1e-6][name], 0.7 * found[0.0][name], rtol=1e-3, atol=1e-6)
 
 
 def test_somebody_elses_version_in_store_and_log_changes_nothing(bench: Bench) -> None:

@@ -7,7 +7,17 @@ import math
 import pytest
 import torch
 
-from online_trainer.evaluate import Drift, base_yardsticks, divergence, heldout, probe, probe_prompts, sample
+from online_trainer.batches import pack
+from online_trainer.evaluate import (
+    PROBE_TEMPERATURE,
+    Drift,
+    base_yardsticks,
+    divergence,
+    heldout,
+    probe,
+    probe_prompts,
+    sample,
+)
 from online_trainer.policy import Policy
 from tests.unit.online_trainer.kit import CONFIG, tokens
 from tests.unit.online_trainer.test_policy import scramble
@@ -17,10 +27,17 @@ GATE_METRICS = {"kl_per_token", "probe_repetition", "probe_length_tokens", "prob
 
 def test_divergence_of_two_coins_worked_by_hand() -> None:
     p, q = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.25, 0.75]]).log()
-    found = divergence(p, q, torch.tensor([0]))
+    found = divergence(p, q)
     assert found.kl == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(2 / 3))
     assert found.entropy == pytest.approx(math.log(2))
-    assert found.surprise == pytest.approx(math.log(4))
+    assert found.surprise == pytest.approx(0.5 * math.log(4) + 0.5 * math.log(4 / 3))
+
+
+def test_surprise_is_expected_at_the_temperature_that_the_answers_are_drawn_at() -> None:
+    p, q = torch.tensor([[0.2, 0.8]]).log(), torch.tensor([[0.25, 0.75]]).log()
+    first, second = (share ** (1 / PROBE_TEMPERATURE) for share in (0.2, 0.8))
+    expected = (first * math.log(4) + second * math.log(4 / 3)) / (first + second)
+    assert divergence(p, q).surprise == pytest.approx(expected)
 
 
 def test_drift_is_zero_at_the_base_and_grows_with_what_was_learned(policy: Policy) -> None:
@@ -35,10 +52,20 @@ def test_drift_is_zero_at_the_base_and_grows_with_what_was_learned(policy: Polic
 def test_answers_are_reproducible_by_seed_and_end_at_the_end_token(policy: Policy) -> None:
     prompts = probe_prompts(policy, CONFIG.probes, 100)
     first = sample(policy, prompts, tokens=8, temperature=1.0, seed=1)
-    assert first == sample(policy, prompts, tokens=8, temperature=1.0, seed=1)
-    assert first != sample(policy, prompts, tokens=8, temperature=1.0, seed=2)
+    again = sample(policy, prompts, tokens=8, temperature=1.0, seed=1)
+    assert (first.rows, first.texts) == (again.rows, again.texts) and torch.equal(first.logits_MV, again.logits_MV)
+    assert first.texts != sample(policy, prompts, tokens=8, temperature=1.0, seed=2).texts
     end = policy.tokenizer.eos_token_id
     assert all(1 <= len(row.chosen) <= 8 and end not in row.chosen[:-1] for row in first.rows)
+
+
+def test_the_logits_that_answers_were_drawn_from_are_the_policys_at_their_tokens(policy: Policy) -> None:
+    scramble(policy)
+    answers = sample(policy, probe_prompts(policy, CONFIG.probes, 100), tokens=40, temperature=1.0, seed=3)
+    rows = pack(answers.spoken())
+    with torch.no_grad():
+        expected_MV = policy.upper(rows, policy.lower(rows))
+    assert torch.allclose(answers.logits_MV, expected_MV, atol=1e-3)
 
 
 def test_sampling_leaves_the_processs_random_numbers_alone(policy: Policy) -> None:

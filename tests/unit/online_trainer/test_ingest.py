@@ -110,6 +110,18 @@ def test_a_first_loss_puts_verdicts_back_in_front() -> None:
     assert found.dropped == [("unknown", "refused")]  # no longer at hand
 
 
+def test_every_step_that_a_verdict_takes_part_in_counts_until_it_has_been_seen_enough() -> None:
+    found = intake(max_pairs_per_user=9)
+    found.record(verdict(0))
+    found.record(verdict(1))
+    found.trained(found.next_batch(1))
+    found.trained(found.next_batch(1), found.replayable(2))
+    assert {v.preference_id: v.passes for v in found.replay} == {"preference-0": 2, "preference-1": 1}
+    assert [v.preference_id for v in found.replayable(2)] == ["preference-1"]
+    found.unlearned(["preference-0", "preference-1"])
+    assert [v.passes for v in found.pending] == [0, 0]  # the weights that had seen them are gone
+
+
 def test_another_policys_verdicts_are_another_trainers_affair() -> None:
     found = intake(policy="chat")
     found.record(verdict(1, policy="code"))

@@ -65,7 +65,8 @@ def test_micro_batches_change_the_memory_and_not_the_step(tiny_model: Path) -> N
 def test_replay_draws_the_same_verdicts_again_after_a_restart(policy: Policy) -> None:
     first, second = learner(policy, with_settings()), learner(policy, with_settings())
     first.step = second.step = 17
-    assert first.draw(range(50)) == second.draw(range(50))
+    assert first.draw(range(50), 4) == second.draw(range(50), 4)
+    assert len(set(first.draw(range(50), 4))) == 4
     second.step = 18
-    assert first.draw(range(50)) != second.draw(range(50))
-    assert first.draw([]) == []
+    assert first.draw(range(50), 4) != second.draw(range(50), 4)
+    assert first.draw([], 4) == []

@@ -28,6 +28,13 @@ def test_the_oldest_verdict_is_that_of_the_present_version() -> None:
     assert lineage.published("v1").oldest_verdict_at is None
 
 
+def test_a_step_on_earlier_verdicts_alone_counts_and_teaches_nothing_new() -> None:
+    lineage = Lineage(BASE).learned(verdicts(3)).learned([])
+    assert (lineage.steps, lineage.preference_ids) == (2, ("preference-3",))
+    after = lineage.published("v1").learned([])
+    assert (after.steps, after.preference_ids, after.oldest_verdict_at) == (1, (), None)
+
+
 def test_a_refused_version_takes_its_descendants_with_it_and_what_they_learned_is_lost() -> None:
     lineage = Lineage(BASE).learned(verdicts(0)).published("v1").learned(verdicts(1)).published("v2")
     fallen, lost = lineage.learned(verdicts(2)).fallen_back("v1")

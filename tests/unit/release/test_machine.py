@@ -308,6 +308,47 @@ def test_an_undecided_canary_makes_room_after_its_hold_time() -> None:
     assert story.moves[-2:] == [(V1, "superseded"), (V2, "shadow")]
 
 
+def test_where_evidence_is_rare_each_canary_stays_twice_as_long_until_one_is_decided() -> None:
+    story = Story()
+    story.to_canary(V1, metrics=UNJUDGED)
+    story.publish(V2, V1, metrics=UNJUDGED)
+    story.wait(LIMITS.canary.hold_s + 1)
+    story.load(V1, V2)
+    story.probe(V2)
+    story.publish(V3, V2, metrics=UNJUDGED)
+    for _ in range(2):
+        story.serve(BASE)
+        story.wait(LIMITS.canary.hold_s - 1)
+    assert story.state.route.canary == V2
+    story.serve(V2, times=6)
+    story.judge(V2, BASE, times=4)
+    assert (story.state.route.stable, story.state.undecided) == (V2, 0)
+
+
+def test_the_hold_time_stops_growing() -> None:
+    story = Story()
+    story.state = replace(story.state, undecided=10_000)
+    story.to_canary(V1, metrics=UNJUDGED)
+    story.publish(V2, V1)
+    for _ in range(10):
+        story.serve(BASE)
+        story.wait(LIMITS.canary.longest_hold_s / 10 - 0.1)
+    assert story.state.route.canary == V1
+    story.serve(BASE)
+    story.wait(2)
+    assert story.moves[-2:] == [(V1, "superseded"), (V2, "shadow")]
+
+
+def test_a_canary_that_nobody_asks_makes_room_after_the_first_hold_time() -> None:
+    story = Story()
+    story.state = replace(story.state, undecided=10_000)
+    story.to_canary(V1, metrics=UNJUDGED)
+    story.serve(V1)
+    story.publish(V2, V1)
+    story.wait(LIMITS.canary.hold_s + 1)
+    assert story.moves[-2:] == [(V1, "superseded"), (V2, "shadow")]
+
+
 def test_a_version_that_fails_its_gate_does_not_push_a_canary_aside() -> None:
     story = Story()
     story.to_canary(V1, metrics=UNJUDGED)

@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import msgspec
+import pyarrow as pa  # type: ignore[import-untyped]
 import pytest
-from deltalake import DeltaTable
+from deltalake import DeltaTable, write_deltalake
 
 from telemetry.event_log import Entry, Offsets, Position
 from telemetry.events import PREFERENCES, TOPIC_OF, TOPICS, AnyEvent, DeadLetter, decode, encode, key_of
 from telemetry.recorder import interpret, progress_of, reached
+from telemetry.rows import SCHEMAS
 from telemetry.store import Recorded, Store, StoreContended, counts, preferences, trl_rows
 from tests import examples
 
@@ -64,6 +66,19 @@ def test_a_batch_of_nothing_valid_moves_the_offset(tmp_path: Path) -> None:
     stored, _ = store.append([], {PREFERENCES: {0: 5}})
     assert stored == []
     assert Store(tmp_path).offsets() == {PREFERENCES: {0: 5}}
+
+
+def test_a_table_of_an_earlier_version_gets_the_columns_that_it_lacks(tmp_path: Path) -> None:
+    older = SCHEMAS["versions"].remove(SCHEMAS["versions"].get_field_index("replayed_ids"))
+    DeltaTable.create(tmp_path / "versions", schema=older)
+    write_deltalake(tmp_path / "versions", pa.table({"event_id": ["old"], "step": pa.array([1], pa.int64())}),
+                    mode="append", schema_mode="merge")  # fmt: skip
+
+    event = msgspec.structs.replace(examples.batch(2, ["a"]), replayed_ids=("b",))
+    append(Store(tmp_path), recorded(event))
+
+    rows = DeltaTable(tmp_path / "versions").to_pyarrow_table().to_pylist()
+    assert {row["event_id"]: row["replayed_ids"] for row in rows} == {"old": None, event.event_id: ["b"]}
 
 
 def test_a_second_writer_is_refused_and_stores_nothing(tmp_path: Path) -> None:
