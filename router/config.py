@@ -30,7 +30,7 @@ class RouterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     pair_ratio: Ratio = 0.2
     pairs_per_minute: Positive = 30
     # While there is a canary: share of pairs that set it against stable. The rest compares stable with itself.
-    canary_pair_ratio: Ratio = 0.5
+    canary_pair_ratio: Ratio = 0.8
     # Share of pairs that set the first variant's stable against another variant's.
     cross_variant_ratio: Ratio = 0.1
     # How long a verdict on a pair, and a thumb on a single answer, is accepted.

@@ -95,7 +95,7 @@ class CanaryConfig(_Table, frozen=True):
     # Share of single answers that canary gives; pairs compare it with stable.
     ratio: float = 0.25
     # Healthy live answers and canary-against-stable verdicts needed for promotion.
-    min_completions: int = 6
+    min_completions: int = 4
     min_verdicts: int = 4
     # Without enough verdicts: this many healthy answers, and a held-out win rate on enough pairs.
     min_completions_unjudged: int = 50
