@@ -39,17 +39,17 @@ def row(
 
 
 def save(bench: str, command: str, rows: list[dict[str, Any]]) -> None:
-    """Print the rows, one a line, and keep them with what they were measured on."""
+    """Print the rows, one a line, and keep them with what they were measured on; of one name, the last."""
     machine = {"cores": os.cpu_count(), "cpu": _cpu(), "python": platform.python_version(), "gpu": None}
-    document = {
+    document: dict[str, Any] = {
         "command": command,
         "machine": machine,
         "versions": {package: version(package) for package in PACKAGES},
-        "rows": rows,
+        "rows": list({line["name"]: line for line in rows}.values()),
     }
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{bench}.json").write_text(json.dumps(document, indent=2) + "\n")
-    for line in rows:
+    for line in document["rows"]:
         print(json.dumps(line))
 
 

@@ -101,9 +101,9 @@ def test_a_canary_needs_answers_and_verdicts() -> None:
         return judge_canary((HEALTHY,) * answers, (HEALTHY,) * 9, score, {}, LIMITS).action
 
     assert judged(0, Score()) == "wait"
-    assert judged(6, Score(0.0, 0)) == "wait"
-    assert judged(5, Score(4.0, 4)) == "wait"
-    assert judged(6, Score(2.0, 4)) == "pass"
+    assert judged(9, Score(0.0, 0)) == "wait"
+    assert judged(3, Score(4.0, 4)) == "wait"
+    assert judged(4, Score(2.0, 4)) == "pass"
     assert judged(6, Score(1.0, 4)) == "wait"
     assert judged(6, Score(0.0, 6)) == "fail"
 
