@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from telemetry.conversation import conversation, tools_of
 from telemetry.events import Completion, Message
 
 
@@ -21,7 +22,7 @@ class Tokenizer(Protocol):
 
     eos_token_id: int | None
 
-    def apply_chat_template(self, conversation: list[dict[str, str]], **options: Any) -> Any: ...
+    def apply_chat_template(self, conversation: list[dict[str, Any]], **options: Any) -> Any: ...
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
 
@@ -64,9 +65,10 @@ class Rows(NamedTuple):
 
 
 def prompt_tokens(tokenizer: Tokenizer, prompt: Sequence[Message], limit: int) -> tuple[int, ...]:
-    """The chat template over ``prompt`` up to where the answer begins; the last ``limit`` tokens of it."""
-    conversation = [{"role": message.role, "content": message.content} for message in prompt]
-    ids = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=True, return_dict=False)
+    """The chat template over ``prompt`` and its tools up to where the answer begins; its last ``limit`` tokens."""
+    ids = tokenizer.apply_chat_template(
+        conversation(prompt), tools=tools_of(prompt), add_generation_prompt=True, tokenize=True, return_dict=False
+    )
     return tuple(ids[-limit:])
 
 

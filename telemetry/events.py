@@ -26,6 +26,7 @@ TOPICS: Final = (PAIRS, PREFERENCES, FEEDBACK, COMPLETIONS, VERSIONS, DEAD_LETTE
 
 Outcome = Literal["chosen_rejected", "tie", "both_bad", "skip"]
 LabelSource = Literal["end_user", "labeler", "judge", "import", "simulated"]
+Role = Literal["system", "user", "assistant", "tool", "developer"]
 Channel = Literal["base", "stable", "canary", "shadow", "pinned"]
 
 
@@ -44,16 +45,36 @@ def new_id() -> str:
     return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
 
 
-class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One chat message of a prompt."""
+class Tool(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A function that the model was told it may call."""
 
-    role: Literal["system", "user", "assistant", "tool", "developer"]
+    name: str
+    description: str = ""
+    parameters: str = ""  # JSON schema of its arguments, as text in the client's own order
+    is_strict: bool = False  # its arguments are held to the schema, not only described by it
+
+
+class ToolCall(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A call that the assistant made earlier in a conversation."""
+
+    id: str
+    name: str
+    arguments: str  # JSON text of an object
+
+
+class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """One chat message of a prompt. Templates read it by ``telemetry.conversation``, in serving and in training."""
+
+    role: Role
     content: str
     name: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()  # of role assistant
+    tool_call_id: str | None = None  # of role tool: the call that this is the result of
+    tools: tuple[Tool, ...] = ()  # on a prompt's first message only: what the whole prompt was rendered with
 
 
 class Completion(msgspec.Struct, frozen=True):
-    """One answer of exactly one version, as served."""
+    """One answer of exactly one version, as served. A tool call is in ``text`` as the model wrote it."""
 
     completion_id: str
     text: str

@@ -13,6 +13,7 @@ from typing import Any, Final
 import msgspec
 import pyarrow as pa  # type: ignore[import-untyped]
 
+from telemetry.conversation import conversation
 from telemetry.event_log import Entry
 from telemetry.events import (
     COMPLETIONS,
@@ -116,7 +117,7 @@ def _json(value: object) -> str:
 
 
 def _prompt(messages: tuple[Message, ...]) -> str:
-    return _json([{"role": message.role, "content": message.content} for message in messages])
+    return _json(conversation(messages))
 
 
 def _pair(event: PairShown) -> Row:

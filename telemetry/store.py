@@ -19,8 +19,9 @@ import pyarrow.compute as pc  # type: ignore[import-untyped]
 from deltalake import CommitProperties, DeltaTable, Schema, Transaction, write_deltalake
 from deltalake.exceptions import CommitFailedError
 
+from telemetry.conversation import conversation, tools_of
 from telemetry.event_log import Entry, Offsets
-from telemetry.events import PREFERENCES, AnyEvent, decode, utc_now
+from telemetry.events import PREFERENCES, AnyEvent, Message, decode, utc_now
 from telemetry.rows import SCHEMAS, TABLE_OF, row_of
 
 log = logging.getLogger(__name__)
@@ -194,12 +195,18 @@ def preferences(root: Path | str, *, with_retracted: bool = False) -> Iterator[d
                 yield row
 
 
-def trl_rows(root: Path | str) -> Iterator[dict[str, list[dict[str, str]]]]:
-    """Chosen/rejected verdicts as rows of TRL's conversational preference data set."""
+class _Prompted(msgspec.Struct):
+    prompt: tuple[Message, ...]
+
+
+def trl_rows(root: Path | str) -> Iterator[dict[str, list[dict[str, Any]]]]:
+    """Chosen/rejected verdicts as rows of TRL's conversational preference data set, with the tools offered."""
     for row in preferences(root):
         if row["outcome"] == "chosen_rejected":
-            yield {
-                "prompt": msgspec.json.decode(row["prompt"]),
+            prompt = msgspec.json.decode(row["event"], type=_Prompted).prompt
+            tools = tools_of(prompt)
+            yield ({"tools": tools} if tools else {}) | {
+                "prompt": conversation(prompt),
                 "chosen": [{"role": "assistant", "content": row["chosen_text"]}],
                 "rejected": [{"role": "assistant", "content": row["rejected_text"]}],
             }

@@ -54,6 +54,23 @@ def test_an_event_survives_the_wire_unchanged() -> None:
     assert events.decode(events.encode(event)) == event
 
 
+def test_a_plain_message_is_on_the_wire_what_it_was_before_tools() -> None:
+    """Readers of the build before refuse fields that they do not know."""
+    message = events.Message(role="user", content="hi")
+    assert msgspec.json.encode(message) == b'{"role":"user","content":"hi"}'
+
+
+def test_tools_and_their_calls_survive_the_wire_in_a_prompt() -> None:
+    call = events.ToolCall("call_1", "f", '{"b": 1, "a": 2}')
+    prompt = (
+        events.Message("user", "hi", tools=(events.Tool("f", "Does it.", '{"type":"object"}', True),)),
+        events.Message("assistant", "", tool_calls=(call,)),
+        events.Message("tool", "done", tool_call_id="call_1"),
+    )
+    event = msgspec.structs.replace(preference(), prompt=prompt)
+    assert events.decode(events.encode(event)) == event
+
+
 def test_every_event_has_a_topic_and_a_key() -> None:
     for cls in events.AnyEvent.__args__:
         assert events.TOPIC_OF[cls] in events.TOPICS

@@ -10,11 +10,23 @@ import pytest
 from deltalake import DeltaTable, write_deltalake
 
 from telemetry.event_log import Entry, Offsets, Position
-from telemetry.events import PREFERENCES, TOPIC_OF, TOPICS, AnyEvent, DeadLetter, decode, encode, key_of
+from telemetry.events import (
+    PREFERENCES,
+    TOPIC_OF,
+    TOPICS,
+    AnyEvent,
+    DeadLetter,
+    Message,
+    ToolCall,
+    decode,
+    encode,
+    key_of,
+)
 from telemetry.recorder import interpret, progress_of, reached
 from telemetry.rows import SCHEMAS
 from telemetry.store import Recorded, Store, StoreContended, counts, preferences, trl_rows
 from tests import examples
+from tests.tool_model import SCHEMAS, tool
 
 
 def recorded(*events: AnyEvent, start: int = 0, partition: int = 0) -> list[Recorded]:
@@ -140,6 +152,20 @@ def test_the_export_holds_verdicts_that_say_what_is_better_and_were_not_taken_ba
             "rejected": [{"role": "assistant", "content": "bad 1"}],
         }
     ]
+
+
+def test_an_export_has_the_tools_and_calls_that_the_prompt_had(tmp_path: Path) -> None:
+    offered = tool()
+    asked = Message("user", "How is Bern?", tools=(offered,))
+    call = ToolCall("call_1", "get_weather", '{"city": "Bern"}')
+    talk = (asked, Message("assistant", "", tool_calls=(call,)), Message("tool", "sunny", tool_call_id="call_1"))
+    append(Store(tmp_path), recorded(msgspec.structs.replace(examples.preference(1), prompt=talk)))
+
+    (row,) = trl_rows(tmp_path)
+    function = {"name": "get_weather", "description": offered.description, "parameters": SCHEMAS["get_weather"]}
+    assert row["tools"] == [{"type": "function", "function": function}]
+    assert row["prompt"][1]["tool_calls"][0]["function"] == {"name": "get_weather", "arguments": {"city": "Bern"}}
+    assert row["prompt"][2] == {"role": "tool", "content": "sunny", "tool_call_id": "call_1"}
 
 
 def test_an_empty_store_exports_nothing(tmp_path: Path) -> None:
