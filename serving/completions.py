@@ -15,6 +15,7 @@ from serving.safety import OutputFilter
 from serving.sampling_rules import Rule, Sampled
 from serving.scheduler import Sequence
 from serving.text_stream import Detokenizer, OutputText
+from serving.tool_calls import CallReader
 from serving.wire import Chunk, FinishReason, GenerateRequest, TokenLogprob, TopLogprob
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ class Completion:
         self._prompts = prompts
         self._pieces = Detokenizer(prompts.decode)
         self._text = OutputText(sampling.stop, output_filter)
+        self._calls = CallReader(request.tool_use.names) if request.tool_use else None
         self._unsent: list[TokenLogprob] = []
 
     def push(self, sampled: Sampled) -> None:
@@ -103,11 +105,14 @@ class Completion:
 
     def _finish(self, reason: FinishReason, text: str, error: str = "") -> None:
         self.is_ended = True
+        content, calls = self._calls.push(text, is_last=True) if self._calls else (None, ())
         self.ticket.emit(
             Chunk(
                 index=self.index,
                 version=self.sequence.version,
                 text=text,
+                content=content,
+                tool_calls=calls,
                 tokens=self._take_tokens(),
                 finish_reason=reason,
                 prompt_tokens=self.sequence.prompt_tokens,
@@ -120,8 +125,17 @@ class Completion:
         )
 
     def _emit(self, text: str) -> None:
-        chunk = Chunk(index=self.index, version=self.sequence.version, text=text, tokens=self._take_tokens())
-        self.ticket.emit(chunk)
+        content, calls = self._calls.push(text) if self._calls else (None, ())
+        self.ticket.emit(
+            Chunk(
+                index=self.index,
+                version=self.sequence.version,
+                text=text,
+                content=content,
+                tool_calls=calls,
+                tokens=self._take_tokens(),
+            )
+        )
 
     def _take_tokens(self) -> tuple[TokenLogprob, ...]:
         tokens, self._unsent = tuple(self._unsent), []

@@ -1,4 +1,4 @@
-"""An engine without a model, shipped for tests and router benches: it answers with its version's name.
+"""An engine without a model, shipped for tests and router benches: it answers with its version's name, or calls a tool.
 
 Deterministic, with every rule of the contract that does not need weights: versions and slots, pinning,
 draining, stop strings, limits, cancellation, deadlines. Left out: probabilities that mean anything.
@@ -7,6 +7,7 @@ draining, stop strings, limits, cancellation, deadlines. Left out: probabilities
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import time
 from collections.abc import AsyncGenerator
@@ -15,11 +16,13 @@ from pathlib import Path
 from typing import Self
 
 from serving.engine import ChunkStream, EngineStatus, check_request
-from serving.errors import EngineClosed, InvalidRequest, PromptTooLong
+from serving.errors import EngineClosed, InvalidRequest, PromptTooLong, UnsupportedTools
 from serving.safety import OutputFilter
 from serving.slots import SlotTable
 from serving.text_stream import OutputText
+from serving.tool_calls import CLOSE, OPEN, CallReader
 from serving.wire import Chunk, FinishReason, GenerateRequest, Sampling, TokenLogprob, TopLogprob
+from telemetry.conversation import needs_tools
 from telemetry.manifest import Manifest, base_version
 
 _PIECE = re.compile(r"\s*\S+")
@@ -27,7 +30,10 @@ LOGPROB = -0.5
 
 
 class EchoEngine:
-    """Answers ``<version> says: <last message>``, one word a token, ``token_s`` seconds each."""
+    """Answers ``<version> says: <last message>``, one word a token, ``token_s`` seconds each.
+
+    A tool whose name the last message holds is called with that message, the first tool if one must be.
+    """
 
     def __init__(
         self,
@@ -37,12 +43,14 @@ class EchoEngine:
         max_context: int = 4096,
         token_s: float = 0.0,
         output_filter: OutputFilter | None = None,
+        takes_tools: bool = True,
     ) -> None:
         self.base_version = base_version(digest or "ec40ec40")
         self._slots = SlotTable(slots, self.base_version)
         self._max_context = max_context
         self._token_s = token_s
         self._filter = output_filter or OutputFilter(())
+        self._takes_tools = takes_tools
         self._running = 0
         self._is_closed = False
 
@@ -57,6 +65,8 @@ class EchoEngine:
             raise InvalidRequest(
                 "the echo engine has no logits: penalties, logit_bias and response_format need a model"
             )
+        if needs_tools(request.messages) and not self._takes_tools:
+            raise UnsupportedTools()
         prompt_tokens = sum(len(_PIECE.findall(message.content)) + 1 for message in request.messages)
         if prompt_tokens >= self._max_context:
             raise PromptTooLong(f"the prompt has {prompt_tokens} tokens, the context {self._max_context}")
@@ -78,17 +88,20 @@ class EchoEngine:
     async def _complete(
         self, request: GenerateRequest, index: int, prompt_tokens: int, room: int, deadline: float
     ) -> AsyncGenerator[Chunk]:
-        said = f"{request.version} says{f' ({index})' if index else ''}: {request.messages[-1].content}"
-        pieces = _PIECE.findall(said)
+        pieces = _PIECE.findall(_said(request, index))
         text = OutputText(request.sampling.stop, self._filter)
+        calls = CallReader(request.tool_use.names) if request.tool_use else None
         finish: FinishReason = "stop" if len(pieces) <= room else "length"
         made = 0
         for made, piece in enumerate(pieces[:room], start=1):
             if self._token_s:
                 await asyncio.sleep(self._token_s)
-            visible = text.push(piece, is_last=made == min(room, len(pieces)))
+            is_last = made == min(room, len(pieces))
+            visible = text.push(piece, is_last=is_last)
+            is_last = is_last or text.is_stopped or text.is_unsafe
+            content, called = calls.push(visible, is_last=is_last) if calls else (None, ())
             token = _token(piece, made, request.sampling)
-            yield Chunk(index=index, version=request.version, text=visible, tokens=(token,))
+            yield Chunk(index, request.version, visible, content, called, (token,))
             if time.monotonic() > deadline or self._is_closed:
                 finish = "cancelled"
                 break
@@ -114,7 +127,7 @@ class EchoEngine:
         return EngineStatus(
             versions=slots.names("ready"), loading=slots.names("loading"), draining=slots.names("draining"),
             failed=slots.failed(), in_flight=slots.in_flight(), free_slots=slots.free_slots(),
-            queued=0, running=self._running,
+            queued=0, running=self._running, takes_tools=self._takes_tools,
         )  # fmt: skip
 
     def is_healthy(self) -> bool:
@@ -147,6 +160,18 @@ class _Pinned:
         if self._is_open:
             self._is_open = False
             self._slots.unpin(self._version)
+
+
+def _said(request: GenerateRequest, index: int) -> str:
+    message, use = request.messages[-1], request.tool_use
+    said = f"{request.version} says{f' ({index})' if index else ''}: {message.content}"
+    if use is None:
+        return said
+    names = [name for name in use.names if name in message.content and message.role != "tool"]
+    if use.is_required:
+        names = names or [use.names[0]]
+    calls = [f'{OPEN}\n{{"name": "{name}", "arguments": {json.dumps({"said": said})}}}\n{CLOSE}' for name in names]
+    return "\n".join(calls if use.is_parallel else calls[:1]) or said
 
 
 def _token(piece: str, token_id: int, sampling: Sampling) -> TokenLogprob:

@@ -34,6 +34,7 @@ class EngineStatus(msgspec.Struct, frozen=True):
     free_slots: int
     queued: int  # requests that wait for a place in the batch
     running: int  # sequences in the batch
+    takes_tools: bool = False  # the chat template renders tools and their calls, in the form that is read here
 
 
 class ChunkStream(Protocol):
@@ -105,10 +106,18 @@ def check_request(request: GenerateRequest) -> None:
         ),
         (len(sampling.json_schema) <= MAX_SCHEMA_CHARS, f"response_format: at most {MAX_SCHEMA_CHARS} characters"),
         (request.deadline_s > 0, "deadline_s: above 0"),
+        (_names_tools(request), "tool_use: names functions that the prompt's first message does not offer"),
     )
     for is_fine, message in checks:
         if not is_fine:
             raise InvalidRequest(message)
+
+
+def _names_tools(request: GenerateRequest) -> bool:
+    if request.tool_use is None:
+        return True
+    offered = {tool.name for tool in request.messages[0].tools} if request.messages else set()
+    return bool(request.tool_use.names) and offered.issuperset(request.tool_use.names)
 
 
 def _is_within(limit: float, *values: float) -> bool:

@@ -26,6 +26,12 @@ class PromptTooLong(InvalidRequest):
     code = "context_length_exceeded"
 
 
+class UnsupportedTools(InvalidRequest):
+    """The base's chat template renders no tools in the form that is read here: leave them out, or ask another base."""
+
+    code = "unsupported_parameter"
+
+
 class VersionNotReady(ServingError):
     """This replica does not hold the version now: ask another, or wait until it is loaded."""
 

@@ -73,6 +73,7 @@ def replica_record(url: str, status: ReplicaStatus, *, is_ready: bool) -> Replic
         draining=status.draining,
         failed=status.failed,
         in_flight_by_version=status.in_flight,
+        takes_tools=status.takes_tools,
     )
 
 

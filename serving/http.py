@@ -157,6 +157,7 @@ class _Replica:
             in_flight=now.in_flight,
             free_slots=now.free_slots,
             queued=now.queued,
+            takes_tools=now.takes_tools,
         )
 
     async def load(self, request: Request) -> Response:

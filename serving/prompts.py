@@ -1,4 +1,4 @@
-"""Messages into token ids by the model's own chat template, and what ends an answer. Holds the tokenizer."""
+"""Messages and tools into token ids by the model's own chat template, and what ends an answer. Holds the tokenizer."""
 
 from __future__ import annotations
 
@@ -7,12 +7,24 @@ from typing import Any
 
 import jinja2
 
-from serving.errors import InvalidRequest, UnsupportedModel
-from telemetry.events import Message
+from serving.errors import InvalidRequest, UnsupportedModel, UnsupportedTools
+from serving.tool_calls import CLOSE, OPEN, CallReader
+from telemetry.conversation import conversation, needs_tools, tools_of
+from telemetry.events import Message, Tool, ToolCall
+
+_PROBE = (
+    Message("user", "Probe?", tools=(Tool("probe_function", "Probes.", '{"type": "object", "properties": {}}'),)),
+    Message("assistant", "", tool_calls=(ToolCall("probe_id", "probe_function", '{"probe": 1}'),)),
+    Message("tool", "probe_result", tool_call_id="probe_id"),
+)
 
 
 class PromptEncoder:
-    """Wraps a transformers tokenizer; ``end_ids`` are the tokens that end an answer."""
+    """Wraps a transformers tokenizer; ``end_ids`` are the tokens that end an answer.
+
+    ``takes_tools``: the chat template says which tools there are, renders calls so that ``serving.tool_calls`` reads
+    them (what a template renders is what its model was trained to write), and renders their results.
+    """
 
     def __init__(self, tokenizer: Any, generation_config: Any) -> None:
         if not getattr(tokenizer, "chat_template", None):
@@ -20,23 +32,42 @@ class PromptEncoder:
         self._tokenizer = tokenizer
         ends = getattr(generation_config, "eos_token_id", None)
         self.end_ids = frozenset([*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id]) - {None}
+        added = tokenizer.added_tokens_decoder.items()
+        self._unseen_ids = frozenset(i for i, token in added if token.special and token.content not in (OPEN, CLOSE))
+        self.takes_tools = self._takes_tools()
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of the whole prompt, the answer's opening included; raises InvalidRequest."""
-        conversation = [{"role": message.role, "content": message.content} for message in messages]
+        """Token ids of the whole prompt, the answer's opening included; raises InvalidRequest, or UnsupportedTools."""
+        if not self.takes_tools and needs_tools(messages):
+            raise UnsupportedTools()
         try:
-            text = self._tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+            text = self._render(messages)
         except jinja2.TemplateError as error:
             raise InvalidRequest(f"messages: the model's chat template refuses them: {error}") from error
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
         return ids
 
     def decode(self, ids: list[int]) -> str:
-        """Text of ``ids``, special tokens left out."""
-        text: str = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        """Text of ``ids``, special tokens left out, but for those that mark a tool call."""
+        seen = [token_id for token_id in ids if token_id not in self._unseen_ids]
+        text: str = self._tokenizer.decode(seen, clean_up_tokenization_spaces=False)
         return text
 
     def token_text(self, token_id: int) -> str:
         """How one token alone reads; bytes that are no character read as U+FFFD."""
         text: str = self._tokenizer.decode([token_id], clean_up_tokenization_spaces=False)
         return text
+
+    def _render(self, messages: Sequence[Message]) -> str:
+        text: str = self._tokenizer.apply_chat_template(
+            conversation(messages), tools=tools_of(messages), add_generation_prompt=True, tokenize=False
+        )
+        return text
+
+    def _takes_tools(self) -> bool:
+        try:
+            offer, whole = self._render(_PROBE[:1]), self._render(_PROBE)
+        except (jinja2.TemplateError, TypeError, ValueError):  # it does not know these messages
+            return False
+        (_, calls) = CallReader(("probe_function",)).push(whole, is_last=True)
+        return "probe_function" in offer and len(calls) == 1 and "probe_result" in whole

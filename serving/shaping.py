@@ -1,4 +1,4 @@
-"""What a request changes about the next token: penalties on what was said, biases, and a JSON schema as grammar.
+"""What a request changes about the next token: penalties on what was said, biases, and a grammar it is held to.
 
 A shaped row is a copy; log-probs that are reported stay those of the model's own distribution. V vocabulary.
 """
@@ -9,14 +9,13 @@ from collections import Counter
 from typing import Any
 
 import torch
-from llguidance import LLMatcher
+from llguidance import LLMatcher, LLTokenizer
 from llguidance.hf import from_tokenizer
 from torch import Tensor
 
 from serving.errors import InvalidRequest
-from serving.wire import Sampling
-
-COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+from serving.tool_calls import CLOSE, COMPACT, OPEN, call_grammar, must_hold
+from serving.wire import GenerateRequest, Sampling
 
 
 class Guides:
@@ -24,26 +23,45 @@ class Guides:
 
     def __init__(self, tokenizer: Any, vocabulary: int) -> None:
         self._tokenizer, self.vocabulary = tokenizer, vocabulary
-        self._words: Any = None
+        self._words: LLTokenizer | None = None
 
-    def guide(self, schema: str) -> LLMatcher:
-        """A matcher that lets through exactly the JSON texts of ``schema``; raises InvalidRequest."""
-        if self._words is None:
-            self._words = from_tokenizer(self._tokenizer, n_vocab=self.vocabulary)
+    def guide(self, request: GenerateRequest) -> LLMatcher | None:
+        """A matcher that lets through exactly what the request's schema and tools allow; None where that is anything.
+
+        Raises InvalidRequest for what cannot be enforced. A large schema takes up to a second.
+        """
+        if must_hold(request):
+            grammar = call_grammar(request, are_marks_special=self._are_special(OPEN, CLOSE))
+            return self._matcher("tools", LLMatcher.grammar_from_lark(grammar))
+        if not request.sampling.json_schema:
+            return None
         try:
-            # spaces only where a person would put one: a small model can else fill its budget with them
+            schema = request.sampling.json_schema
             grammar = LLMatcher.grammar_from_json_schema(schema, overrides=COMPACT)  # type: ignore[arg-type]
         except ValueError as error:
             raise InvalidRequest(f"response_format: {error}") from error
-        matcher = LLMatcher(self._words, grammar, log_level=0)
+        return self._matcher("response_format", grammar)
+
+    def _matcher(self, field: str, grammar: str) -> LLMatcher:
+        matcher = LLMatcher(self._vocabulary(), grammar, log_level=0)
         if matcher.is_error():
             reason = matcher.get_error().split("\n", 1)[0]
-            raise InvalidRequest(f"response_format: this JSON schema cannot be enforced: {reason}")
+            raise InvalidRequest(f"{field}: this JSON schema cannot be enforced: {reason}")
         return matcher
+
+    def _vocabulary(self) -> LLTokenizer:
+        if self._words is None:
+            self._words = from_tokenizer(self._tokenizer, n_vocab=self.vocabulary)
+        return self._words
+
+    def _are_special(self, *marks: str) -> bool:
+        words = self._vocabulary()
+        ids = [words.tokenize_str(mark, parse_special=True) for mark in marks]
+        return all(len(tokens) == 1 and words.is_special_token(tokens[0]) for tokens in ids)
 
     def shaping(self, sampling: Sampling, guide: LLMatcher | None) -> Shaping | None:
         """One completion's own, with a copy of ``guide``; None where the model alone decides."""
-        if not sampling.is_shaped:
+        if guide is None and not sampling.is_shaped:
             return None
         if any(not 0 <= token_id < self.vocabulary for token_id in sampling.logit_bias):
             raise InvalidRequest(f"logit_bias: token ids are 0 to {self.vocabulary - 1}")

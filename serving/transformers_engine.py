@@ -97,8 +97,8 @@ class TransformersEngine:
     async def submit(self, request: GenerateRequest) -> ChunkStream:
         check_request(request)
         guide = None
-        if schema := request.sampling.json_schema:  # a large one takes up to a second
-            guide = await asyncio.to_thread(self._guides.guide, schema)
+        if request.sampling.json_schema or request.tool_use:  # a large schema takes up to a second
+            guide = await asyncio.to_thread(self._guides.guide, request)
         return self._accept(request, guide)
 
     def _accept(self, request: GenerateRequest, guide: LLMatcher | None = None, *, is_warming: bool = False) -> _Stream:
@@ -181,6 +181,7 @@ class TransformersEngine:
             free_slots=slots.free_slots(),
             queued=self.queued,
             running=len(self._scheduler.rows),
+            takes_tools=self._prompts.takes_tools,
         )
 
     def is_healthy(self) -> bool:

@@ -35,6 +35,14 @@ class Sampling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return bool(self.frequency_penalty or self.presence_penalty or self.logit_bias or self.json_schema)
 
 
+class ToolUse(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How the tools that the prompt's first message names may be used."""
+
+    names: tuple[str, ...]  # these functions
+    is_required: bool = False  # the answer is one or more calls, nothing else
+    is_parallel: bool = True  # it may be more than one
+
+
 class GenerateRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Ask one version for ``n`` completions to one prompt."""
 
@@ -45,6 +53,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     n: int = 1
     deadline_s: float = 120.0  # seconds from receipt; past it the request is cancelled
     traceparent: str = ""
+    tool_use: ToolUse | None = None  # None: what looks like a call is text
 
 
 class TopLogprob(msgspec.Struct, frozen=True):
@@ -61,12 +70,26 @@ class TokenLogprob(msgspec.Struct, frozen=True):
     top: tuple[TopLogprob, ...] = ()
 
 
+class CalledTool(msgspec.Struct, frozen=True):
+    """A whole call. ``index`` counts the calls of its completion."""
+
+    index: int
+    name: str
+    arguments: str  # JSON text of an object, as the model wrote it
+
+
 class Chunk(msgspec.Struct, frozen=True):
-    """A piece of completion ``index``. The last chunk of an index carries ``finish_reason`` and the counts."""
+    """A piece of completion ``index``. The last chunk of an index carries ``finish_reason`` and the counts.
+
+    ``text`` is what the model wrote, calls included, and what events keep. Only where tools may be used, ``content``
+    and ``tool_calls`` say what of it is for reading and what was called; both can come later than their text.
+    """
 
     index: int
     version: str
     text: str = ""
+    content: str | None = None  # None: all of the text is for reading
+    tool_calls: tuple[CalledTool, ...] = ()
     tokens: tuple[TokenLogprob, ...] = ()
     finish_reason: FinishReason | None = None
     prompt_tokens: int = 0
@@ -89,3 +112,4 @@ class ReplicaStatus(msgspec.Struct, frozen=True):
     in_flight: dict[str, int]  # version → running requests
     free_slots: int
     queued: int
+    takes_tools: bool = False  # the chat template renders tools and their calls, in the form that is read here

@@ -55,6 +55,7 @@ class Replica(msgspec.Struct, frozen=True):
     draining: tuple[str, ...] = ()  # taken out, still answering what was asked before
     failed: dict[str, str] = {}  # version → why it was refused
     in_flight_by_version: dict[str, int] = {}
+    takes_tools: bool = False  # its base's chat template renders tools and their calls
 
 
 class ReplicaTable(msgspec.Struct, frozen=True):

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from serving.config import BaseConfig
+from serving.echo_engine import EchoEngine
 from serving.engine import Engine
 from serving.errors import (
     EngineClosed,
     InvalidRequest,
     NoFreeSlot,
     PromptTooLong,
+    UnsupportedTools,
     VersionNotReady,
     VersionUnknown,
 )
 from serving.replica import build_replica
+from serving.wire import GenerateRequest, Sampling, ToolUse
+from telemetry.events import Tool
 from telemetry.manifest import read_version
+from tests.tool_model import make_tool_model, offered, tool
 from tests.unit.serving.conftest import tiny_model as tiny_model
 from tests.unit.serving.kit import KEY, answer, last_of, publish, request, text_of
 
@@ -51,6 +58,79 @@ def load(engine: Engine, tiny_model: Path, tmp_path: Path) -> Publish:
         return version
 
     return load_one
+
+
+@pytest.fixture(scope="session")
+def tool_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "tools"
+    make_tool_model(7, folder)
+    return folder
+
+
+@pytest.fixture(params=["echo", "transformers"])
+async def calling_engine(request: pytest.FixtureRequest, tool_model: Path, tmp_path: Path) -> AsyncIterator[Engine]:
+    """An engine over a base whose chat template takes tools."""
+    config = BaseConfig(model=str(tool_model), engine=request.param, slots=1, max_context=2048, threads=1)
+    built, _ = build_replica("tools", config, state=tmp_path, replica_id="r1", blocked_patterns=())
+    await built.start()
+    yield built
+    await built.close()
+
+
+def asking(engine: Engine, *tools: Tool, n: int = 1, temperature: float = 1.0, **use: Any) -> GenerateRequest:
+    """A request that offers ``tools``."""
+    fields = {"names": tuple(tool.name for tool in tools)} | use
+    sampling = Sampling(max_tokens=400, temperature=temperature, top_p=1.0, seed=5)
+    return GenerateRequest("r", engine.base_version, offered(*tools), sampling, n=n, tool_use=ToolUse(**fields))
+
+
+async def test_a_call_that_must_come_comes_and_is_told_apart_from_text(calling_engine: Engine) -> None:
+    assert calling_engine.status().takes_tools
+    chunks = await answer(calling_engine, asking(calling_engine, tool(), n=3, is_required=True, is_parallel=False))
+    for index in range(3):
+        mine = [chunk for chunk in chunks if chunk.index == index]
+        (call,) = (call for chunk in mine for call in chunk.tool_calls)
+        assert (call.index, call.name) == (0, "get_weather")
+        assert isinstance(json.loads(call.arguments), dict)
+        assert "".join(chunk.content or "" for chunk in mine) == ""
+        assert call.arguments in text_of(chunks, index), "events keep the text as the model wrote it"
+        assert last_of(chunks, index).finish_reason == "stop"
+
+
+async def test_without_tools_to_use_text_is_all_there_is(calling_engine: Engine) -> None:
+    plain = request(calling_engine.base_version, '<tool_call>{"name": "f"}</tool_call>', max_tokens=40)
+    chunks = await answer(calling_engine, plain)
+    assert all(chunk.content is None and not chunk.tool_calls for chunk in chunks)
+
+
+async def test_text_and_calls_together_are_what_can_be_read(calling_engine: Engine) -> None:
+    chunks = await answer(calling_engine, asking(calling_engine, tool(), temperature=0.0))
+    assert not any(chunk.tool_calls for chunk in chunks)
+    assert "".join(chunk.content or "" for chunk in chunks) == text_of(chunks)
+
+
+async def test_functions_that_are_not_offered_cannot_be_called(calling_engine: Engine) -> None:
+    with pytest.raises(InvalidRequest, match="tool_use"):
+        await calling_engine.submit(asking(calling_engine, tool(), names=("set_mood",)))
+
+
+async def test_a_base_that_takes_no_tools_refuses_them(tiny_model: Path, tmp_path: Path) -> None:
+    echo = EchoEngine(takes_tools=False)
+    config = BaseConfig(model=str(tiny_model), slots=1, max_context=2048, threads=1)
+    plain, _ = build_replica("plain", config, state=tmp_path, replica_id="r1", blocked_patterns=())
+    await plain.start()
+    for engine in (echo, plain):
+        assert not engine.status().takes_tools
+        with pytest.raises(UnsupportedTools):
+            await engine.submit(asking(engine, tool()))
+    await plain.close()
+
+
+async def test_eight_completions_of_one_prompt_are_eight(engine: Engine) -> None:
+    chunks = await answer(engine, request(engine.base_version, temperature=1.0, seed=3, n=8))
+    texts = {text_of(chunks, index) for index in range(8)}
+    assert len(texts) == 8
+    assert all(last_of(chunks, index).finish_reason for index in range(8))
 
 
 async def test_every_chunk_names_the_version_that_was_asked_for(engine: Engine, load: Publish) -> None:

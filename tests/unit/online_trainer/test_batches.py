@@ -6,11 +6,14 @@ from pathlib import Path
 
 import msgspec
 import torch
+from msgspec import structs
 
 from online_trainer.batches import PairTokens, completion_tokens, micro_batches, pack, prompt_tokens
 from online_trainer.policy import Policy, load_model, pair_logps
-from telemetry.events import Message
-from tests.unit.online_trainer.kit import completion, tokens
+from serving.prompts import PromptEncoder
+from telemetry.events import Message, PreferenceRecorded, ToolCall, decode, encode
+from tests.tool_model import make_tool_model, offered, tool
+from tests.unit.online_trainer.kit import completion, tokens, verdict
 
 
 def plain_logp(policy: Policy, prompt: tuple[int, ...], answer: tuple[int, ...]) -> float:
@@ -52,6 +55,28 @@ def test_a_long_prompt_keeps_its_end_where_the_question_and_the_answers_start_ar
     prompt = (Message(role="user", content="x" * 300),)
     whole, cut = prompt_tokens(tokenizer, prompt, 10_000), prompt_tokens(tokenizer, prompt, 20)
     assert len(whole) > 300 and cut == whole[-20:]
+
+
+def test_a_prompt_with_tools_is_trained_on_token_for_token_as_it_was_served(tmp_path: Path) -> None:
+    make_tool_model(7, tmp_path)
+    _, tokenizer = load_model(tmp_path, "float32")
+    call = ToolCall("call_1", "get_weather", '{"city": "Bern", "days": 2}')
+    asked = offered(tool(), tool("set_mood"), text="How is Bern?")
+    turn = (Message("assistant", "", tool_calls=(call,)), Message("tool", "sunny", tool_call_id="call_1"))
+    for prompt in (asked, (*asked, *turn), (Message("system", "Be brief.", tools=asked[0].tools), *turn)):
+        served = PromptEncoder(tokenizer, None).encode(prompt)
+        event = decode(encode(structs.replace(verdict(1), prompt=prompt)))
+        assert isinstance(event, PreferenceRecorded)
+        assert list(prompt_tokens(tokenizer, event.prompt, 10_000)) == served
+    assert prompt_tokens(tokenizer, offered(), 10_000) != prompt_tokens(tokenizer, asked, 10_000)
+
+
+def test_a_call_is_trained_on_as_the_model_wrote_it(tiny_model: Path) -> None:
+    _, tokenizer = load_model(tiny_model, "float32")
+    text = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Bern"}}\n</tool_call>'
+    ids = completion_tokens(tokenizer, completion(text), 1000)
+    assert tokenizer.decode(ids[:-1]) == text
+    assert ids[-1] == tokenizer.eos_token_id
 
 
 def test_micro_batches_stay_within_the_budget_and_hold_every_pair_once() -> None:

@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import msgspec
@@ -17,7 +18,10 @@ from serving.config import BaseConfig
 from serving.errors import InvalidRequest, Overloaded, VersionRefused
 from serving.safety import OutputFilter
 from serving.transformers_engine import TransformersEngine
+from serving.wire import ToolUse
+from telemetry.events import Tool
 from telemetry.manifest import ADAPTER_FILE, base_digest, read_version
+from tests.tool_model import SCHEMAS, make_tool_model, offered, tool
 from tests.unit.serving.kit import (
     KEY,
     Reference,
@@ -224,6 +228,48 @@ async def test_an_answer_that_a_stop_string_ended_is_clipped(engine: Transformer
     assert text_of(clipped) == text[: text.find(stop)]
     assert (last_of(clipped).finish_reason, last_of(clipped).is_clipped) == ("stop", True)
     assert (last_of(whole).finish_reason, last_of(whole).is_clipped) == ("length", False)
+
+
+@pytest.mark.parametrize("use", [{}, {"is_parallel": False}, {"names": ("set_mood",), "is_parallel": False}])
+async def test_calls_that_must_come_fit_their_schemas_even_for_a_model_of_noise(
+    tmp_path: Path, use: dict[str, Any]
+) -> None:
+    make_tool_model(7, tmp_path)
+    engine = await started(tmp_path, msgspec.structs.replace(OPTIONS, max_context=2048))
+    fields = {"names": ("get_weather", "set_mood"), "is_required": True} | use
+    wish = msgspec.structs.replace(
+        request(engine.base_version, max_tokens=900, temperature=1.5, top_p=1.0, seed=4, n=4),
+        messages=offered(tool(), tool("set_mood")),
+        tool_use=ToolUse(**fields),
+    )
+    chunks = await answer(engine, wish)
+    await engine.close()
+    for index in range(4):
+        calls = [call for chunk in chunks if chunk.index == index for call in chunk.tool_calls]
+        assert len(calls) >= 1
+        assert len(calls) == 1 or "is_parallel" not in use
+        assert last_of(chunks, index).finish_reason == "stop"
+        for call in calls:
+            assert call.name in fields["names"]
+            jsonschema.validate(json.loads(call.arguments), SCHEMAS[call.name])
+
+
+async def test_a_schema_that_no_grammar_can_hold_is_refused_where_it_must_be(tmp_path: Path) -> None:
+    make_tool_model(7, tmp_path)
+    engine = await started(tmp_path, msgspec.structs.replace(OPTIONS, max_context=2048))
+    odd = Tool("odd", "", '{"type": "object", "properties": {"a": {"type": "nonsense"}}, "required": ["a"]}')
+    for is_required in (True, False):
+        wish = msgspec.structs.replace(
+            request(engine.base_version),
+            messages=offered(odd),
+            tool_use=ToolUse(("odd",), is_required=is_required),
+        )
+        if is_required:
+            with pytest.raises(InvalidRequest, match="tools: this JSON schema cannot be enforced"):
+                await engine.submit(wish)
+        else:
+            assert await answer(engine, wish), "only offered, it is a description"
+    await engine.close()
 
 
 async def test_a_schema_binds_its_own_row_only(engine: TransformersEngine, tiny_model: Path) -> None:
