@@ -19,7 +19,7 @@ def prefix_keys(version: str, messages: Sequence[Message]) -> list[int]:
     keys: list[int] = []
     key = hash(version)
     for message in messages:
-        key = hash((key, message.role, message.content))
+        key = hash((key, message))
         keys.append(key)
     return keys[::-1]
 

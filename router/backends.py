@@ -24,6 +24,7 @@ from router.errors import (
     InvalidRequest,
     RouterError,
     Unavailable,
+    UnsupportedParameter,
     UpstreamFailed,
 )
 from router.pressure import ConcurrencyLimit
@@ -281,4 +282,5 @@ def _invalid(body: bytes) -> RouterError:
         return InvalidRequest("The model cannot take this request.")
     if isinstance(error, str):
         return InvalidRequest("The model cannot take this request.", code=error)
-    return InvalidRequest(error.message, code=error.code)
+    param = "tools" if error.code == UnsupportedParameter.code else None
+    return InvalidRequest(error.message, code=error.code, param=param)

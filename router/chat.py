@@ -21,10 +21,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from router.admission import Admission, Caller
-from router.arms import PairRatios, choose_arms, parse_model
+from router.arms import Arms, PairRatios, choose_arms, parse_model
 from router.backends import ReplicaPool
 from router.consent import ConsentBook, wants_pair
-from router.errors import ClientClosed, RouterError
+from router.errors import ClientClosed, RouterError, UnsupportedParameter
 from router.exchange import Exchange, new_completion_id
 from router.generation import Call, Grown, grow, plan_calls
 from router.http import EventStream, JsonResponse, gone_away, read_body
@@ -35,6 +35,7 @@ from router.stream import DONE, ChatStream, event
 from router.tables import Tables
 from router.visit import Visit
 from telemetry import metrics, tracing
+from telemetry.conversation import needs_tools
 from telemetry.events import new_id, utc_now
 
 CLIENT_CLOSED: Final = ClientClosed.status
@@ -108,16 +109,19 @@ class Chat:
             has=self._tables.has,
             draw=self._draw,
         )
+        prompt, policy = body.prompt(), parse_model(body.model)[0]
+        if needs_tools(prompt):
+            self._require_tools(policy, arms)
         trace_id, span_id = tracing.ids(span)
         exchange = Exchange(
             request=body,
             request_id=request_id,
             id=new_completion_id(),
             created=int(time.time()),
-            policy=parse_model(body.model)[0],
+            policy=policy,
             user=user,
             caller=caller.name,
-            prompt=tuple(message.message() for message in body.messages),
+            prompt=prompt,
             propensity=arms.propensity,
             trace_id=trace_id,
             span_id=span_id,
@@ -125,6 +129,17 @@ class Chat:
         )
         calls = plan_calls(exchange, arms, self._draw, settings.deadline_s, tracing.traceparent(span))
         return exchange, calls
+
+    def _require_tools(self, policy: str, arms: Arms) -> None:
+        """Raise UnsupportedParameter if one of ``arms`` is of a base that takes no tools."""
+        for base in dict.fromkeys(arm.base for arm in arms.sides):
+            if not self._tables.takes_tools(base):
+                raise UnsupportedParameter(
+                    f"{policy} is answered by the base {base}, whose chat template renders no tools in a form that is "
+                    "read here: leave out tools, tool_calls and messages of role tool, or ask a policy over a base "
+                    "that takes them.",
+                    param="tools",
+                )
 
     def _offer(self, user: str) -> PairOffer:
         pair_id, expires_at = new_id(), utc_now() + timedelta(seconds=self._settings.pair_ttl_s)

@@ -44,7 +44,7 @@ class RouterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     default_max_tokens: Positive = 256
     max_tokens: Positive = 4096
     # The largest `n`, and the largest body: a pair's event, prompt included, must fit into one log entry.
-    max_choices: Positive = 4
+    max_choices: Positive = 8
     max_body_bytes: Positive = 1 << 19
     # A request's body must be here within this long.
     body_s: Seconds = 30.0

@@ -181,7 +181,7 @@ def invalid_body(error: msgspec.DecodeError, neutral_only: frozenset[str] = froz
         return UnsupportedParameter(param=root)
     if where.rsplit(".", 1)[-1] in neutral_only:
         return UnsupportedParameter(param=_param("", where))
-    if reason.startswith("Invalid enum value"):
+    if reason.startswith(("Invalid enum value", "Invalid value")):
         reason = "This is not one of the supported values"
     param = _param("", where)
     return InvalidRequest(f"{reason} (field {param or 'body'}).", param=param, code="invalid_value")

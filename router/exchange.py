@@ -25,9 +25,12 @@ from router.schema import (
     ChoiceOut,
     ChunkChoice,
     Delta,
+    FunctionCallOut,
     LogprobOut,
     PairOffer,
     StreamedPair,
+    ToolCallDelta,
+    ToolCallOut,
     TopLogprobOut,
     Usage,
 )
@@ -55,6 +58,8 @@ class Answer:
         self.first_s = 0.0
         self.ended_s = 0.0
         self.pieces: list[str] = []
+        self.readable: list[str] = []  # of the text, what is no call
+        self.calls: list[ToolCallOut] = []
         self.tokens: list[TokenLogprob] = []
         self.finish_reason = ""  # as the replica said; "error" or "cancelled" when it was cut short
         self.failure: RouterError | None = None
@@ -74,7 +79,15 @@ class Answer:
 
     @property
     def text(self) -> str:
+        """What the model wrote, calls included."""
         return "".join(self.pieces)
+
+    def message(self) -> AssistantMessage:
+        """What the client reads and is to call."""
+        content = "".join(self.readable)
+        if not self.calls:
+            return AssistantMessage(content)
+        return AssistantMessage(content or None, tool_calls=tuple(self.calls))
 
     def take(self, chunk: Chunk, now_s: float) -> None:
         """Grow by one chunk."""
@@ -82,6 +95,10 @@ class Answer:
             self.first_s = now_s
         if chunk.text:
             self.pieces.append(chunk.text)
+        if content := readable_of(chunk):
+            self.readable.append(content)
+        for call in chunk.tool_calls:
+            self.calls.append(ToolCallOut(id=_new_call_id(), function=FunctionCallOut(call.name, call.arguments)))
         self.tokens.extend(chunk.tokens)
         if chunk.finish_reason is None:
             return
@@ -105,6 +122,12 @@ class Answer:
 
     def client_finish_reason(self) -> str:
         """The finish reason in OpenAI's words."""
+        if self.finish_reason == "stop" and self.calls and not self.last.is_unsafe:
+            return "tool_calls"
+        return self._event_finish_reason()
+
+    def _event_finish_reason(self) -> str:
+        """What a learner must know; it reads of calls in the text."""
         return "content_filter" if self.last.is_unsafe else self.finish_reason
 
     def completion(self) -> Completion:
@@ -115,7 +138,7 @@ class Answer:
             variant=self.arm.variant,
             version=self.arm.version,
             channel=self.arm.channel,
-            finish_reason=self.client_finish_reason(),
+            finish_reason=self._event_finish_reason(),
             prompt_tokens=self.last.prompt_tokens,
             completion_tokens=self.last.completion_tokens,
             ttft_s=max(0.0, self.first_s - self.started_s) if self.has_started else 0.0,
@@ -228,9 +251,7 @@ class Exchange:
     def completion(self) -> ChatCompletion:
         """The whole answer."""
         choices = tuple(
-            ChoiceOut(
-                index, AssistantMessage(answer.text), answer.client_finish_reason(), self._logprobs(answer.tokens)
-            )
+            ChoiceOut(index, answer.message(), answer.client_finish_reason(), self._logprobs(answer.tokens))
             for index, answer in enumerate(self.shown)
         )
         return ChatCompletion(
@@ -260,11 +281,19 @@ class Exchange:
         return msgspec.structs.replace(self.chunk(()), usage=self.usage())
 
     def pieces(self, answer: Answer, chunk: Chunk, *, is_first: bool) -> Iterator[ChunkChoice]:
-        """A replica's chunk as stream choices: text first, the finish reason in a piece of its own."""
-        index = self.shown.index(answer)
-        if is_first or chunk.text or chunk.tokens:
-            delta = Delta(role="assistant" if is_first else UNSET, content=chunk.text)
+        """A replica's chunk as stream choices: text, then calls, the finish reason in a piece of its own."""
+        index, content = self.shown.index(answer), readable_of(chunk)
+        is_plain = chunk.content is None
+        if is_first or content or (chunk.tokens and (is_plain or self.request.logprobs)):
+            delta = Delta(role="assistant" if is_first else UNSET, content=content if content or is_plain else None)
             yield ChunkChoice(index, delta, None, self._logprobs(chunk.tokens))
+        for called in chunk.tool_calls:
+            call = answer.calls[called.index]
+            named = FunctionCallOut(called.name)
+            begun = ToolCallDelta(index=called.index, id=call.id, type="function", function=named)
+            yield ChunkChoice(index, Delta(tool_calls=(begun,)))
+            rest = ToolCallDelta(index=called.index, function=FunctionCallOut(arguments=called.arguments))
+            yield ChunkChoice(index, Delta(tool_calls=(rest,)))
         if chunk.finish_reason and answer.is_whole:
             yield ChunkChoice(index, Delta(), answer.client_finish_reason())
 
@@ -279,6 +308,15 @@ class Exchange:
         if not self.request.logprobs:
             return None
         return ChoiceLogprobs(tuple(_logprob(token) for token in tokens))
+
+
+def readable_of(chunk: Chunk) -> str:
+    """What of the chunk is for reading."""
+    return chunk.text if chunk.content is None else chunk.content
+
+
+def _new_call_id() -> str:
+    return f"call_{random_bytes(12).hex()}"
 
 
 def _shutting_down() -> RouterError:

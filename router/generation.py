@@ -61,6 +61,7 @@ def plan_calls(exchange: Exchange, arms: Arms, draw: random.Random, deadline_s: 
                 n=len(answers),
                 deadline_s=deadline_s,
                 traceparent=traceparent,
+                tool_use=body.tool_use,
             ),
             tuple(answers),
         )

@@ -13,11 +13,13 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from router.errors import InvalidRequest, UnsupportedParameter, invalid_body
-from telemetry.events import Message
+from serving.wire import ToolUse
+from telemetry.events import Message, Role, Tool, ToolCall
 from telemetry.receipts import Stage
 
 Text = Annotated[str, Meta(max_length=262_144)]
 Short = Annotated[str, Meta(min_length=1, max_length=256)]
+FunctionName = Annotated[str, Meta(pattern="^[A-Za-z0-9_-]{1,64}$")]
 Penalty = Annotated[float, Meta(ge=-2.0, le=2.0)]
 Bias = Annotated[float, Meta(ge=-100.0, le=100.0)]
 TokenId = Annotated[str, Meta(pattern="^[0-9]{1,9}$")]
@@ -34,23 +36,96 @@ class TextPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     text: Text
 
 
-class ChatMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One message; fields typed null are what OpenAI's clients send back of an earlier answer."""
+class CalledFunction(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``arguments`` is the JSON text of an object, as it was answered."""
 
-    role: Literal["system", "user", "assistant", "tool", "developer"]
-    content: Text | tuple[TextPart, ...]
+    name: FunctionName
+    arguments: Text
+
+
+class MadeCall(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A call of an earlier answer, sent back. ``index`` is what streams carry, and is not needed."""
+
+    id: Short
+    function: CalledFunction
+    type: Literal["function"] = "function"
+    index: int | None = None
+
+    def call(self) -> ToolCall:
+        """The call as events and templates have it."""
+        return ToolCall(self.id, self.function.name, self.function.arguments or "{}")
+
+
+Content = Text | tuple[TextPart, ...]
+Nothing = Annotated[tuple[Any, ...], Meta(max_length=0)] | None
+
+
+class _Said(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="role", kw_only=True):
+    """A message of role system, developer or user; fields typed null are what some clients send with every message."""
+
+    content: Content
     name: Short | None = None
     refusal: None = None
-    annotations: Annotated[tuple[Any, ...], Meta(max_length=0)] | None = None
+    annotations: Nothing = None
     audio: None = None
     function_call: None = None
     tool_calls: None = None
     tool_call_id: None = None
 
-    def message(self) -> Message:
-        """The message with its parts joined."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return Message(self.role, text, self.name)
+
+class SystemMessage(_Said, frozen=True, tag="system"):
+    pass
+
+
+class DeveloperMessage(_Said, frozen=True, tag="developer"):
+    pass
+
+
+class UserMessage(_Said, frozen=True, tag="user"):
+    pass
+
+
+class EarlierAnswer(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="role", tag="assistant", kw_only=True
+):
+    """An answer as OpenAI's clients send it back; calls can stand in place of content."""
+
+    content: Content | None = None
+    name: Short | None = None
+    tool_calls: Annotated[tuple[MadeCall, ...], Meta(max_length=128)] | None = None
+    refusal: None = None
+    annotations: Nothing = None
+    audio: None = None
+    function_call: None = None
+    tool_call_id: None = None
+
+
+class ToolResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="role", tag="tool", kw_only=True):
+    """What came of an earlier answer's call."""
+
+    content: Content
+    tool_call_id: Short
+    name: Short | None = None
+
+
+ChatMessage = SystemMessage | DeveloperMessage | UserMessage | EarlierAnswer | ToolResult
+
+
+def message_of(said: ChatMessage, tools: tuple[Tool, ...] = ()) -> Message:
+    """The message as events and templates have it, its parts joined; ``tools`` go with a prompt's first."""
+    content = said.content or ""
+    text = content if isinstance(content, str) else "".join(part.text for part in content)
+    calls = tuple(made.call() for made in said.tool_calls or ()) if isinstance(said, EarlierAnswer) else ()
+    return Message(_ROLES[type(said)], text, said.name, calls, said.tool_call_id, tools)
+
+
+_ROLES: Final[dict[type[Any], Role]] = {
+    SystemMessage: "system",
+    DeveloperMessage: "developer",
+    UserMessage: "user",
+    EarlierAnswer: "assistant",
+    ToolResult: "tool",
+}
 
 
 class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -114,6 +189,40 @@ class JsonSchemaFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
         return msgspec.json.encode(self.json_schema.schema).decode()
 
 
+class Function(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A function that may be called. ``strict`` holds its arguments to ``parameters`` even where no call must come."""
+
+    name: FunctionName
+    description: Text | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+    def __post_init__(self) -> None:
+        if not _is_flat(self.parameters or {}, MAX_SCHEMA_DEPTH):
+            raise ValueError(f"A schema has at most {MAX_SCHEMA_DEPTH} levels")
+
+    def tool(self) -> Tool:
+        """The function as events and templates have it."""
+        schema = msgspec.json.encode(self.parameters).decode() if self.parameters else ""
+        return Tool(self.name, self.description or "", schema, bool(self.strict))
+
+
+class FunctionTool(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    function: Function
+    type: Literal["function"]
+
+
+class FunctionRef(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    name: FunctionName
+
+
+class FunctionChoice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """This function must be called, once."""
+
+    function: FunctionRef
+    type: Literal["function"]
+
+
 class ChatRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """``POST /v1/chat/completions``."""
 
@@ -134,6 +243,9 @@ class ChatRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     presence_penalty: Penalty | None = None
     logit_bias: Annotated[dict[TokenId, Bias], Meta(max_length=300)] | None = None
     response_format: TextFormat | JsonObjectFormat | JsonSchemaFormat | None = None
+    tools: Annotated[tuple[FunctionTool, ...], Meta(max_length=128)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | FunctionChoice | None = None
+    parallel_tool_calls: bool | None = None
     user: Short | None = None
     preference: PreferenceWish | None = None
     # known to OpenAI's clients, not supported: only the value that asks for nothing
@@ -142,13 +254,10 @@ class ChatRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     functions: None = None
     metadata: None = None
     modalities: Annotated[tuple[Literal["text"], ...], Meta(max_length=1)] | None = None
-    parallel_tool_calls: None = None
     prediction: None = None
     reasoning_effort: None = None
     service_tier: Literal["auto", "default"] | None = None
     store: Literal[False] | None = None
-    tool_choice: Literal["none"] | None = None
-    tools: Annotated[tuple[Any, ...], Meta(max_length=0)] | None = None
     verbosity: None = None
     web_search_options: None = None
 
@@ -168,11 +277,27 @@ class ChatRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     def stops(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else self.stop or ()
 
+    @property
+    def tool_use(self) -> ToolUse | None:
+        """How the offered functions may be used; None where none is offered, or none may be called."""
+        if not self.tools or self.tool_choice == "none":
+            return None
+        if isinstance(self.tool_choice, FunctionChoice):
+            return ToolUse((self.tool_choice.function.name,), is_required=True, is_parallel=False)
+        names = tuple(tool.function.name for tool in self.tools)
+        is_parallel = self.parallel_tool_calls is not False
+        return ToolUse(names, is_required=self.tool_choice == "required", is_parallel=is_parallel)
+
+    def prompt(self) -> tuple[Message, ...]:
+        """What the model is to read; of tools that must not be called it hears nothing."""
+        tools = tuple(tool.function.tool() for tool in self.tools or ()) if self.tool_use else ()
+        first, *others = self.messages
+        return (message_of(first, tools), *map(message_of, others))
+
 
 _NEUTRAL_NAMES: Final = (
-    "audio function_call functions metadata modalities parallel_tool_calls "
-    "prediction reasoning_effort service_tier store tool_choice tools "
-    "verbosity web_search_options refusal annotations tool_calls tool_call_id"
+    "audio function_call functions metadata modalities prediction reasoning_effort "
+    "service_tier store verbosity web_search_options refusal annotations"
 )
 NEUTRAL_ONLY: Final = frozenset(_NEUTRAL_NAMES.split())
 
@@ -207,7 +332,53 @@ def checked(request: ChatRequest, limits: ChatLimits) -> ChatRequest:
             _refuse("a pair needs the user whom it is shown to", "user")
         if (request.n or 1) > 1:
             _refuse("a pair has two choices of its own: leave n out", "n")
+    _check_tools(request)
+    _check_messages(request.messages)
     return msgspec.structs.replace(request, max_tokens=tokens, max_completion_tokens=tokens)
+
+
+def _check_tools(request: ChatRequest) -> None:
+    names = [tool.function.name for tool in request.tools or ()]
+    choice = request.tool_choice
+    if not names and choice not in (None, "none"):
+        _refuse("tool_choice needs tools", "tool_choice")
+    if not names and request.parallel_tool_calls is not None:
+        _refuse("parallel_tool_calls needs tools", "parallel_tool_calls")
+    if len(set(names)) < len(names):
+        _refuse("two functions have the same name", "tools")
+    if isinstance(choice, FunctionChoice) and choice.function.name not in names:
+        _refuse("tool_choice names a function that is not in tools", "tool_choice")
+    for number, tool in enumerate(request.tools or ()):
+        parameters = tool.function.parameters
+        if parameters and parameters.get("type") != "object":
+            _refuse('parameters are a JSON schema of "type": "object"', f"tools[{number}].function.parameters")
+
+
+def _check_messages(messages: tuple[ChatMessage, ...]) -> None:
+    """Raise InvalidRequest for an answer that says and calls nothing, or a result that no call asked for."""
+    called: set[str] = set()
+    for number, message in enumerate(messages):
+        if isinstance(message, ToolResult) and message.tool_call_id not in called:
+            _refuse("no call before this message has this id", f"messages[{number}].tool_call_id")
+        if not isinstance(message, EarlierAnswer):
+            continue
+        if message.content is None and not message.tool_calls:
+            param = f"messages[{number}].content"
+            raise InvalidRequest(f"The field {param} is required.", param=param, code="missing_required_parameter")
+        for call in message.tool_calls or ():
+            if not _is_object(call.function.arguments or "{}"):
+                words = f"a call's arguments are the JSON text of an object of at most {MAX_SCHEMA_DEPTH} levels"
+                _refuse(words, f"messages[{number}].tool_calls")
+            called.add(call.id)
+
+
+def _is_object(text: str) -> bool:
+    """Whether ``text`` is a JSON object that a template can walk through."""
+    try:
+        document = msgspec.json.decode(text)
+    except (msgspec.DecodeError, RecursionError):
+        return False
+    return isinstance(document, dict) and _is_flat(document, MAX_SCHEMA_DEPTH)
 
 
 def _refuse(message: str, param: str) -> None:
@@ -272,10 +443,26 @@ class ChoiceLogprobs(msgspec.Struct, frozen=True):
     refusal: None = None
 
 
+class FunctionCallOut(msgspec.Struct, frozen=True):
+    """In a stream the name comes first, then the arguments."""
+
+    name: str | UnsetType = UNSET
+    arguments: str = ""
+
+
+class ToolCallOut(msgspec.Struct, frozen=True, kw_only=True):
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionCallOut
+
+
 class AssistantMessage(msgspec.Struct, frozen=True):
-    content: str
+    """``content`` is null where there is nothing to read but calls to make."""
+
+    content: str | None
     role: Literal["assistant"] = "assistant"
     refusal: None = None
+    tool_calls: tuple[ToolCallOut, ...] | UnsetType = UNSET
 
 
 class ChoiceOut(msgspec.Struct, frozen=True):
@@ -331,9 +518,17 @@ class ChatCompletion(msgspec.Struct, frozen=True, kw_only=True):
     preference: PairOffer | UnsetType = UNSET
 
 
+class ToolCallDelta(msgspec.Struct, frozen=True, kw_only=True):
+    index: int
+    id: str | UnsetType = UNSET
+    type: Literal["function"] | UnsetType = UNSET
+    function: FunctionCallOut
+
+
 class Delta(msgspec.Struct, frozen=True):
     role: str | UnsetType = UNSET
-    content: str | UnsetType = UNSET
+    content: str | UnsetType | None = UNSET
+    tool_calls: tuple[ToolCallDelta, ...] | UnsetType = UNSET
 
 
 class ChunkChoice(msgspec.Struct, frozen=True):

@@ -76,6 +76,11 @@ class Tables:
         """Whether some ready replica holds ``version``."""
         return bool(self.holding(base, version))
 
+    def takes_tools(self, base: str) -> bool:
+        """False when ready replicas of ``base`` say that they render no tools; nobody there is no such word."""
+        known = [replica for replica in self.replicas.replicas if replica.is_ready and replica.base == base]
+        return not known or any(replica.takes_tools for replica in known)
+
     def missing(self) -> tuple[str, ...]:
         """What is not there yet for every policy's first variant to answer; empty when all is well."""
         if not self.routing.policies:

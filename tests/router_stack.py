@@ -195,8 +195,8 @@ def routes(engine: Engine, *, canary: str = "", stable: str = STABLE) -> Routing
     return RoutingTable(1, {"chat": (main, calm)})
 
 
-def replica(url: str, *versions: str, name: str = "r0") -> Replica:
-    return Replica(name, "echo", url, True, versions, 0, 4)
+def replica(url: str, *versions: str, name: str = "r0", takes_tools: bool = True) -> Replica:
+    return Replica(name, "echo", url, True, versions, 0, 4, takes_tools=takes_tools)
 
 
 def fast(**fields: Any) -> RouterConfig:
@@ -218,23 +218,25 @@ async def running_stack(
     config: RouterConfig | None = None,
     event_log: EventLog | None = None,
     key: str = "",
+    versions: tuple[str, ...] = (STABLE, CANARY),
 ) -> AsyncIterator[Stack]:
-    """A router over one replica that holds base, STABLE and CANARY. Patient with Redis: test machines are busy."""
+    """A router over one replica that holds the base and ``versions``. Patient with Redis: test machines are busy."""
     telemetry = replace(telemetry, redis_timeout_s=10.0, append_timeout_s=10.0)
     engine = engine or EchoEngine()
     config = config or fast()
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     async with AsyncExitStack() as open_things:
         enter = open_things.enter_async_context
-        await load(engine, STABLE, CANARY)
+        await load(engine, *versions)
         replica_url = await enter(serving_on_loopback(replica_app(engine, telemetry.state_path)))
         client = redis_client_async(telemetry)
         open_things.push_async_callback(client.aclose)
         opening = None if event_log is None else lambda: open_services(config, telemetry, event_log=event_log)
         url = await enter(serving_on_loopback(build_app(config, telemetry, opening=opening)))
         session = await enter(aiohttp.ClientSession(url, headers=headers))
-        held = (engine.base_version, STABLE, CANARY)
-        stack = Stack(url, client, telemetry, engine, [replica(replica_url, *held)], routes(engine), session)
+        held = (engine.base_version, *versions)
+        known = replica(replica_url, *held, takes_tools=engine.status().takes_tools)
+        stack = Stack(url, client, telemetry, engine, [known], routes(engine), session)
         await stack.publish()
         yield stack
 

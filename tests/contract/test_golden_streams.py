@@ -7,6 +7,7 @@ pair tokens are other ones each time and stand there as placeholders.
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 from collections.abc import AsyncIterator
@@ -31,18 +32,24 @@ IS_RENEWED = bool(os.environ.get("TIEBREAK_RENEW_GOLDEN"))
 ASK: dict[str, Any] = {"model": "chat", "messages": [{"role": "user", "content": "one “zwei”\n三 🎻"}], "stream": True}
 # The echo engine ends a pair's second side otherwise than its first.
 FIRST, SECOND = f"{STABLE} says: one “zwei”\n三 🎻", f"{STABLE} says (1): one “zwei”\n三 🎻"
-STREAMS: dict[str, tuple[dict[str, Any], list[tuple[str, str]]]] = {  # request, (text, finish) of each choice
+# request, (text, finish) of each choice; a call's text is its name and arguments
+STREAMS: dict[str, tuple[dict[str, Any], list[tuple[str, str]]]] = {
     "plain": ({}, [(FIRST, "stop")]),
     "usage": ({"stream_options": {"include_usage": True}}, [(FIRST, "stop")]),
     "logprobs": ({"logprobs": True, "top_logprobs": 2}, [(FIRST, "stop")]),
     "stop": ({"stop": ["\n三"]}, [(f"{STABLE} says: one “zwei”", "stop")]),
     "length": ({"max_tokens": 3}, [(f"{STABLE} says: one", "length")]),
     "choices": ({"n": 2}, [(FIRST, "stop"), (SECOND, "stop")]),
+    "tools": (
+        {"tools": [{"type": "function", "function": {"name": "look_up"}}], "tool_choice": "required"},
+        [(f"look_up{json.dumps({'said': FIRST})}", "tool_calls")],
+    ),
     "pair": ({"user": "ann", "preference": {"pair": "always"}}, [(FIRST, "stop"), (SECOND, "stop")]),
     "failure": ({}, [(f"{STABLE} says:", "")]),
 }
 PLACEHOLDERS = (
     (rb'"id":"chatcmpl-[0-9a-f]{32}"', b'"id":"chatcmpl-0"'),
+    (rb'"id":"call_[0-9a-f]{24}"', b'"id":"call_0"'),
     (rb'"created":\d{10}', b'"created":0'),
     (rb'"pair_id":"[0-9a-f-]{36}"', b'"pair_id":"0"'),
     (rb'"token":"[\w.-]+","expires_at":"[^"]+"', b'"token":"0","expires_at":"2026-01-01T00:00:00Z"'),
@@ -92,7 +99,7 @@ async def golden_server() -> AsyncIterator[str]:
 
 
 def read_by_python(url: str) -> dict[str, Any]:
-    """What the SDK for Python reads: ``choices`` as (text, finish), and the code of an error."""
+    """What the SDK for Python reads: ``choices`` as (text with calls, finish), and the code of an error."""
     texts: dict[int, str] = {}
     finishes: dict[int, str] = {}
     error: str | None = None
@@ -100,7 +107,9 @@ def read_by_python(url: str) -> dict[str, Any]:
         try:
             for chunk in client.chat.completions.create(**ASK):
                 for piece in chunk.choices:
-                    texts[piece.index] = texts.get(piece.index, "") + (piece.delta.content or "")
+                    functions = [call.function for call in piece.delta.tool_calls or []]
+                    said = [piece.delta.content, *(part for f in functions if f for part in (f.name, f.arguments))]
+                    texts[piece.index] = "".join([texts.get(piece.index, ""), *filter(None, said)])
                     finishes[piece.index] = piece.finish_reason or finishes.get(piece.index, "")
         except openai.APIError as failure:
             error = failure.code

@@ -91,7 +91,7 @@ async def test_a_refusal_is_the_sdks_own_error(stack: Stack) -> None:
     assert [(error["name"], error["status"], error["code"], error["param"]) for error in refusals] == [
         ("NotFoundError", 404, "model_not_found", "model"),
         ("BadRequestError", 400, "invalid_value", "temperature"),
-        ("BadRequestError", 400, "unsupported_parameter", "tools"),
+        ("BadRequestError", 400, "unsupported_parameter", "functions"),
     ]
     assert all(error["type"] and error["requestID"] for error in refusals)
 

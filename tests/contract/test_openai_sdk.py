@@ -112,6 +112,17 @@ async def test_sampling_fields_are_honoured(stack: Stack) -> None:
     assert stopped.choices[0].finish_reason == "stop"
 
 
+async def test_eight_choices_are_eight_without_any_setting(stack: Stack) -> None:
+    def ask(client: openai.OpenAI) -> tuple[ChatCompletion, list[ChatCompletionChunk]]:
+        whole = client.chat.completions.create(model="chat", messages=MESSAGES, n=8)
+        return whole, list(client.chat.completions.create(model="chat", messages=MESSAGES, n=8, stream=True))
+
+    whole, chunks = await sync(stack, ask)
+    assert len({choice.message.content for choice in whole.choices}) == 8
+    finishes = [c.choices[0].index for c in chunks if c.choices[0].finish_reason == "stop"]
+    assert sorted(finishes) == list(range(8))
+
+
 async def test_n_choices_are_all_there_whole_and_streamed(stack: Stack) -> None:
     def ask(client: openai.OpenAI) -> tuple[ChatCompletion, list[ChatCompletionChunk]]:
         whole = client.chat.completions.create(model="chat", messages=MESSAGES, n=3)
@@ -181,8 +192,8 @@ async def test_a_streamed_pair_carries_both_choices_and_the_offer_first(stack: S
     ("arguments", "error", "param"),
     [
         ({"model": "nobody"}, openai.NotFoundError, "model"),
-        ({"model": "chat", "tools": [{"type": "function", "function": {"name": "f"}}]},
-         openai.BadRequestError, "tools"),
+        ({"model": "chat", "tools": [{"type": "function", "function": {"name": "no name"}}]},
+         openai.BadRequestError, "tools[0].function.name"),
         ({"model": "chat", "temperature": 9.0}, openai.BadRequestError, "temperature"),
         ({"model": "chat", "extra_body": {"preference": {"pair": "sometimes"}}}, openai.BadRequestError,
          "preference.pair"),

@@ -10,12 +10,13 @@ async function chunks(more = {}, seen = []) {
   return seen;
 }
 
-// The text, finish reasons and tokens of every choice.
+// The text (with the names and arguments of calls), finish reasons and tokens of every choice.
 function joined(seen) {
   const choices = {};
   for (const piece of seen.flatMap((chunk) => chunk.choices)) {
     const choice = (choices[piece.index] ??= { text: "", finishes: [], tokens: [] });
     choice.text += piece.delta.content ?? "";
+    for (const { function: called } of piece.delta.tool_calls ?? []) choice.text += (called.name ?? "") + called.arguments;
     if (piece.finish_reason) choice.finishes.push(piece.finish_reason);
     choice.tokens.push(...(piece.logprobs?.content ?? []));
   }
@@ -54,8 +55,37 @@ const scenarios = {
     const final = await runner.finalChatCompletion();
     return { text: pieces.join(""), final };
   },
+  async tools() {
+    const functions = ["get_weather", "set_mood"].map((name) => ({ type: "function", function: { name } }));
+    const wish = { ...ask, messages: [{ role: "user", content: "First get_weather, then set_mood" }], tools: functions };
+    const whole = await client.chat.completions.create(wish);
+    const [{ message, finish_reason }] = whole.choices;
+    const streamed = [];
+    const finishes = [finish_reason];
+    for await (const chunk of await client.chat.completions.create({ ...wish, stream: true })) {
+      for (const piece of chunk.choices[0].delta.tool_calls ?? []) {
+        const call = (streamed[piece.index] ??= { function: { arguments: "" } });
+        Object.assign(call, { id: piece.id ?? call.id, type: piece.type ?? call.type });
+        call.function.name ??= piece.function.name;
+        call.function.arguments += piece.function.arguments ?? "";
+      }
+      if (chunk.choices[0].finish_reason) finishes.push(chunk.choices[0].finish_reason);
+    }
+    const helped = (await client.chat.completions.stream(wish).finalChatCompletion()).choices[0];
+    finishes.push(helped.finish_reason);
+    const results = message.tool_calls.map(({ id }) => ({ role: "tool", tool_call_id: id, content: "sunny" }));
+    const last = await client.chat.completions.create({ ...wish, messages: [...wish.messages, message, ...results] });
+    return {
+      whole: message.tool_calls,
+      content: message.content,
+      streamed,
+      helper: helped.message.tool_calls,
+      finishes,
+      answered: last.choices[0].message.content,
+    };
+  },
   async refusals() {
-    const wrong = [{ model: "nobody" }, { temperature: 9 }, { tools: [{ type: "function", function: { name: "f" } }] }];
+    const wrong = [{ model: "nobody" }, { temperature: 9 }, { functions: [{ name: "f" }] }];
     const seen = [];
     for (const more of wrong) {
       try {

@@ -9,10 +9,26 @@ import pytest
 
 from router.errors import InvalidRequest, UnsupportedParameter
 from router.schema import ChatLimits, ChatRequest, VerdictRequest, checked, decode
+from serving.wire import ToolUse
+from telemetry.events import Message, ToolCall
 
 LIMITS = ChatLimits(default_max_tokens=64, max_tokens=128, max_choices=4)
 PLAIN: dict[str, Any] = {"model": "chat", "messages": [{"role": "user", "content": "Hello"}]}
 SECRET = "s3cret-words-of-a-user"
+
+
+F: dict[str, Any] = {"type": "function", "function": {"name": "f"}}
+CALL: dict[str, Any] = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+
+
+def with_parameters(parameters: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": "f", "parameters": parameters}}
+
+
+def calling(arguments: str = '{"a": 1}') -> dict[str, Any]:
+    """An assistant's message that is one call."""
+    call = CALL | {"function": {"name": "f", "arguments": arguments}}
+    return {"role": "assistant", "content": None, "tool_calls": [call]}
 
 
 def read(**fields: Any) -> ChatRequest:
@@ -22,10 +38,8 @@ def read(**fields: Any) -> ChatRequest:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("tools", [{"type": "function"}]),
-        ("tool_choice", "auto"),
         ("functions", []),
-        ("parallel_tool_calls", True),
+        ("function_call", "auto"),
         ("reasoning_effort", "high"),
         ("service_tier", "flex"),
         ("store", True),
@@ -84,6 +98,37 @@ def test_an_unsupported_field_that_asks_for_nothing_is_taken(field: str, value: 
             {"response_format": {"type": "json_schema", "json_schema": {"name": "a b"}}},
             "response_format.json_schema.name",
         ),
+        ({"tools": [{"type": "function"}]}, "tools[0].function"),
+        ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "tools[0].type"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
+        ({"tools": [F, F]}, "tools"),
+        ({"tools": [with_parameters({"type": "string"})]}, "tools[0].function.parameters"),
+        ({"tools": [with_parameters({"properties": {}})]}, "tools[0].function.parameters"),
+        ({"tool_choice": "auto"}, "tool_choice"),
+        ({"tool_choice": "required", "tools": []}, "tool_choice"),
+        ({"tool_choice": "always", "tools": [F]}, "tool_choice"),
+        ({"tool_choice": {"type": "function", "function": {"name": "g"}}, "tools": [F]}, "tool_choice"),
+        ({"parallel_tool_calls": False}, "parallel_tool_calls"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content"),
+        ({"messages": [{"role": "assistant", "content": None}]}, "messages[0].content"),
+        ({"messages": [{"role": "assistant", "tool_calls": []}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": "x", "tool_calls": [CALL]}]}, "messages[0].tool_calls"),
+        ({"messages": [calling("[1]")]}, "messages[0].tool_calls"),
+        ({"messages": [calling('{"a": ')]}, "messages[0].tool_calls"),
+        ({"messages": [calling('{"a": ' * 65 + "1" + "}" * 65)]}, "messages[0].tool_calls"),
+        ({"messages": [calling(), {"role": "tool", "content": "x"}]}, "messages[1].tool_call_id"),
+        (
+            {"messages": [calling(), {"role": "user", "content": "x", "tool_call_id": "call_1"}]},
+            "messages[1].tool_call_id",
+        ),
+        (
+            {"messages": [calling(), {"role": "tool", "content": "x", "tool_call_id": "call_2"}]},
+            "messages[1].tool_call_id",
+        ),
+        (
+            {"messages": [{"role": "tool", "content": "x", "tool_call_id": "call_1"}, calling()]},
+            "messages[0].tool_call_id",
+        ),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
@@ -103,6 +148,9 @@ def test_a_refusal_repeats_nothing_of_the_body() -> None:
     bodies = [
         PLAIN | {"messages": [{"role": SECRET, "content": "x"}]},
         PLAIN | {"messages": SECRET},
+        PLAIN | {"response_format": {"type": SECRET}},
+        PLAIN | {"tool_choice": SECRET},
+        PLAIN | {"tools": [{"type": SECRET, "function": {"name": SECRET}}]},
         PLAIN | {"model": 5, "user": SECRET},
         PLAIN | {"preference": {"pair": SECRET}},
         PLAIN | {SECRET + " " * 90: 1},
@@ -134,12 +182,56 @@ def test_both_names_of_the_token_limit_mean_the_same() -> None:
 def test_text_parts_are_joined() -> None:
     parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
     request = read(messages=[{"role": "user", "content": parts}])
-    assert request.messages[0].message().content == "Hello"
+    assert request.prompt()[0].content == "Hello"
+
+
+@pytest.mark.parametrize(
+    ("fields", "use"),
+    [
+        ({}, ToolUse(("f", "g"))),
+        ({"tool_choice": "auto"}, ToolUse(("f", "g"))),
+        ({"tool_choice": "required"}, ToolUse(("f", "g"), is_required=True)),
+        ({"parallel_tool_calls": False}, ToolUse(("f", "g"), is_parallel=False)),
+        (
+            {"tool_choice": {"type": "function", "function": {"name": "g"}}},
+            ToolUse(("g",), is_required=True, is_parallel=False),
+        ),
+    ],
+)
+def test_how_tools_may_be_used_reaches_the_replica(fields: dict[str, Any], use: ToolUse) -> None:
+    request = read(tools=[F, {"type": "function", "function": {"name": "g"}}], **fields)
+    assert request.tool_use == use
+    assert [tool.name for tool in request.prompt()[0].tools] == ["f", "g"]
+
+
+def test_a_model_hears_nothing_of_tools_that_it_must_not_call() -> None:
+    request = read(tools=[F], tool_choice="none")
+    assert request.tool_use is None
+    assert request.prompt() == (Message("user", "Hello"),)
+
+
+def test_tools_go_with_the_first_message_and_keep_the_order_of_their_schemas() -> None:
+    parameters = {"type": "object", "properties": {"b": {}, "a": {}}, "required": ["b"]}
+    first, second = read(tools=[with_parameters(parameters)], messages=PLAIN["messages"] * 2).prompt()
+    assert [list(msgspec.json.decode(tool.parameters)["properties"]) for tool in first.tools] == [["b", "a"]]
+    assert second.tools == ()
+
+
+@pytest.mark.parametrize("role", ["system", "developer", "user", "assistant"])
+def test_a_message_of_every_role_is_read_as_that_role(role: str) -> None:
+    assert read(messages=[{"role": role, "content": "x", "name": "ann"}]).prompt() == (Message(role, "x", "ann"),)  # type: ignore[arg-type]
+
+
+def test_calls_and_their_results_are_read_back() -> None:
+    result = {"role": "tool", "content": [{"type": "text", "text": "sunny"}], "tool_call_id": "call_1"}
+    _, called, came = read(messages=[*PLAIN["messages"], calling(), result]).prompt()
+    assert called == Message("assistant", "", tool_calls=(ToolCall("call_1", "f", '{"a": 1}'),))
+    assert came == Message("tool", "sunny", tool_call_id="call_1")
 
 
 def test_an_answer_can_be_sent_back_as_the_sdk_dumps_it() -> None:
     dumped = {"role": "assistant", "content": "Hi", "refusal": None, "tool_calls": None, "annotations": []}
-    assert read(messages=[dumped, *PLAIN["messages"]]).messages[0].message().content == "Hi"
+    assert read(messages=[dumped, *PLAIN["messages"]]).prompt()[0].content == "Hi"
 
 
 @pytest.mark.parametrize("field", ["choice", "token", "pair_id"])
