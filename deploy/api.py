@@ -44,7 +44,9 @@ class Api:
             async with self._session.request(method, self._url + path, json=body, headers=self._headers) as response:
                 payload = await response.read()
         except (aiohttp.ClientError, TimeoutError) as error:
-            raise ApiError(f"{self._url}{path} cannot be reached: {error or type(error).__name__}") from error
+            raise ApiError(
+                f"{self._url} cannot be reached; is the stack up (`tiebreak up`)? {_cause(error)}"
+            ) from error
         try:
             document: dict[str, Any] = msgspec.json.decode(payload) if payload else {}
         except msgspec.DecodeError as error:
@@ -95,3 +97,9 @@ class Api:
     async def order(self, command: str, version: str, *, force: bool = False, reason: str = "") -> dict[str, Any]:
         """``promote`` or ``rollback`` a version; the release controller decides."""
         return (await self.call("POST", f"/admin/releases/{version}/{command}", {"force": force, "reason": reason}))[0]
+
+
+def _cause(error: Exception) -> str:
+    """What the system said, without the client library's words around it."""
+    cause = getattr(error, "os_error", None) or error
+    return getattr(cause, "strerror", None) or str(cause) or type(cause).__name__

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -107,7 +108,9 @@ class Stack:
             if self._start():
                 self._phase = "ready"
                 self._changed(self._supervisor)
-                self._say(WELCOME.format(url=self._deployment.stack.url, state=self._deployment.state))
+                command = "tiebreak" if shutil.which("tiebreak") else Path(sys.executable).with_name("tiebreak")
+                stack, state = self._deployment.stack, self._deployment.state
+                self._say(WELCOME.format(url=stack.url, state=state, command=command))
             while not self._stop.wait(TICK_S):
                 self._supervisor.tick()
             return 0
@@ -189,7 +192,7 @@ class Stack:
 WELCOME = """
 Open      {url}      (API: {url}/docs, numbers: {url}/metrics)
 Click     ask something there and choose the answer you prefer: with the mouse, or 1, 2 and 0 on the keyboard.
-Follow    tiebreak status · tiebreak releases list · logs in {state}/logs
+Follow    {command} status · {command} releases list · logs in {state}/logs
 Stop      Ctrl-C
 """
 

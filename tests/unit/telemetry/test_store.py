@@ -9,6 +9,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pytest
 from deltalake import DeltaTable, write_deltalake
 
+from telemetry import rows as store_rows
 from telemetry.event_log import Entry, Offsets, Position
 from telemetry.events import (
     PREFERENCES,
@@ -23,7 +24,6 @@ from telemetry.events import (
     key_of,
 )
 from telemetry.recorder import interpret, progress_of, reached
-from telemetry.rows import SCHEMAS
 from telemetry.store import Recorded, Store, StoreContended, counts, preferences, trl_rows
 from tests import examples
 from tests.tool_model import SCHEMAS, tool
@@ -81,7 +81,8 @@ def test_a_batch_of_nothing_valid_moves_the_offset(tmp_path: Path) -> None:
 
 
 def test_a_table_of_an_earlier_version_gets_the_columns_that_it_lacks(tmp_path: Path) -> None:
-    older = SCHEMAS["versions"].remove(SCHEMAS["versions"].get_field_index("replayed_ids"))
+    schema = store_rows.SCHEMAS["versions"]
+    older = schema.remove(schema.get_field_index("replayed_ids"))
     DeltaTable.create(tmp_path / "versions", schema=older)
     write_deltalake(tmp_path / "versions", pa.table({"event_id": ["old"], "step": pa.array([1], pa.int64())}),
                     mode="append", schema_mode="merge")  # fmt: skip
