@@ -73,7 +73,7 @@ class TrainerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     replay_pairs: int = 4
     replay_window: int = 128
     # Steps that one verdict takes part in at most. When no verdict has come for rehearse_s seconds, earlier ones are
-    # gone through again up to this; 1: none is seen twice.
+    # gone through again up to this; 1: none is seen twice. What a refused version went through is not repeated.
     max_passes: int = 4
     rehearse_s: float = 5.0
     # Verdicts of one user in one step; the others wait for the next (one eager person is not a crowd).

@@ -70,6 +70,19 @@ def reason_to_drop(event: PreferenceRecorded, heldout_ratio: float) -> Reason | 
     return "held_out" if is_held_out(event.prompt, heldout_ratio) else None
 
 
+def capped(verdicts: Iterable[Verdict], size: int, per_user: int) -> list[Verdict]:
+    """The first ``size`` verdicts, at most ``per_user`` of one user."""
+    taken: list[Verdict] = []
+    counts: dict[str, int] = {}
+    for verdict in verdicts:
+        if len(taken) == size:
+            break
+        if counts.get(verdict.user, 0) < per_user:
+            counts[verdict.user] = counts.get(verdict.user, 0) + 1
+            taken.append(verdict)
+    return taken
+
+
 class Intake:
     """Takes preference events in the log's order and hands out batches."""
 
@@ -131,15 +144,7 @@ class Intake:
 
     def next_batch(self, size: int) -> list[Verdict]:
         """Up to ``size`` waiting verdicts in the log's order, at most so many of one user. They stay waiting."""
-        taken: list[Verdict] = []
-        per_user: dict[str, int] = {}
-        for verdict in self.pending:
-            if len(taken) == size:
-                break
-            if per_user.get(verdict.user, 0) < self._max_pairs_per_user:
-                per_user[verdict.user] = per_user.get(verdict.user, 0) + 1
-                taken.append(verdict)
-        return taken
+        return capped(self.pending, size, self._max_pairs_per_user)
 
     def replayable(self, max_passes: int) -> list[Verdict]:
         """Verdicts trained on that may take part in a further step, oldest first."""

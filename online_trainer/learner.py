@@ -52,9 +52,9 @@ class Learner:
         """After the weights were replaced: what the optimizer knew belongs to others."""
         self.optimizer = self._new_optimizer()
 
-    def draw(self, earlier: Sequence[T], count: int) -> list[T]:
-        """At most ``count`` earlier verdicts that this step sees again; the same ones after a restart."""
-        return random.Random(f"{self._config.seed}/{self.step}").sample(list(earlier), min(count, len(earlier)))
+    def shuffled(self, earlier: Sequence[T]) -> list[T]:
+        """Earlier verdicts in this step's own random order; the same one after a restart."""
+        return random.Random(f"{self._config.seed}/{self.step}").sample(list(earlier), len(earlier))
 
     def learn(self, examples: Sequence[Example]) -> dict[str, float]:
         """Take one optimizer step on ``examples``; TRL's metric names."""

@@ -31,6 +31,7 @@ class Lineage(msgspec.Struct, frozen=True):
     steps: int = 0  # taken since the parent, those on earlier verdicts alone included
     preference_ids: tuple[str, ...] = ()  # learned since the parent
     oldest_verdict_at: datetime | None = None  # of those
+    retreats: int = 0  # fall-backs in a row since users last met one of these versions
 
     def descends_from(self, version: str) -> bool:
         """Whether the present weights come from a published ``version``."""
@@ -54,7 +55,11 @@ class Lineage(msgspec.Struct, frozen=True):
     def published(self, version: str) -> Lineage:
         """After ``version`` was made of the present weights."""
         taught = Taught(version, self.preference_ids)
-        return Lineage(version, (*self.ancestors, taught)[-MAX_ANCESTORS:])
+        return Lineage(version, (*self.ancestors, taught)[-MAX_ANCESTORS:], retreats=self.retreats)
+
+    def accepted(self) -> Lineage:
+        """After users met one of these versions."""
+        return msgspec.structs.replace(self, retreats=0)
 
     def fallen_back(self, version: str) -> tuple[Lineage, tuple[str, ...]]:
         """After the weights were replaced by those of ``version`` (an ancestor, the base or somebody else's).
@@ -64,4 +69,5 @@ class Lineage(msgspec.Struct, frozen=True):
         names = [taught.version for taught in self.ancestors]
         kept = names.index(version) + 1 if version in names else 0
         lost = [name for taught in self.ancestors[kept:] for name in taught.preference_ids]
-        return Lineage(version, self.ancestors[:kept]), (*lost, *self.preference_ids)
+        fallen = Lineage(version, self.ancestors[:kept], retreats=self.retreats + 1)
+        return fallen, (*lost, *self.preference_ids)

@@ -21,7 +21,7 @@ from online_trainer.checkpoint import TrainerState
 from online_trainer.config import TrainerConfig
 from online_trainer.errors import IncompatibleAdapter, InvalidCheckpoint
 from online_trainer.examples import Examples
-from online_trainer.ingest import Intake, IntakeState, Verdict
+from online_trainer.ingest import Intake, IntakeState, Verdict, capped
 from online_trainer.learner import Learner
 from online_trainer.lineage import Lineage
 from online_trainer.policy import Policy
@@ -51,6 +51,7 @@ POLL_ENTRIES = 256
 POLL_S = 0.5
 RETRY_S = 1.0
 STEP_BACK = 0.7  # of the adapter that strays: half of its KL
+MAX_RETREATS = 2  # to versions that users did not confirm, in a row
 RESETTING = frozenset({"rejected", "rolled_back"})
 
 
@@ -147,11 +148,18 @@ class Trainer:
             case ReleaseChanged() if event.variant == self._config.variant and event.state in RESETTING:
                 if self._lineage.descends_from(event.version):
                     self._fall_back(self._sound(event))
+            case ReleaseChanged() if event.variant == self._config.variant and event.state == "canary":
+                if self._lineage.descends_from(event.version):
+                    self._lineage = self._lineage.accepted()
 
     def _sound(self, refused: ReleaseChanged) -> str:
-        """The version to go back to: an unmet one takes only itself away, one that users met all since stable."""
-        nearest = self._lineage.before(refused.version) if refused.state == "rejected" else ""
-        return nearest or refused.stable
+        """The version to go back to.
+
+        One that nobody met takes only itself away, unless its forebears have led astray again and again; one that
+        users met takes all away that was learned since stable.
+        """
+        is_alone = refused.state == "rejected" and self._lineage.retreats < MAX_RETREATS
+        return (is_alone and self._lineage.before(refused.version)) or refused.stable
 
     def _due_batch(self, *, is_caught_up: bool) -> list[Verdict]:
         """The next step's new verdicts: a full batch, or what there is once the oldest has waited long enough."""
@@ -173,7 +181,10 @@ class Trainer:
         return self._earlier(self._config.batch_pairs)
 
     def _earlier(self, count: int) -> list[Verdict]:
-        return self._learner.draw(self._intake.replayable(self._config.max_passes), count)
+        """Those first that have been seen least; of one user no more than in any step."""
+        config = self._config
+        shuffled = self._learner.shuffled(self._intake.replayable(config.max_passes))
+        return capped(sorted(shuffled, key=lambda verdict: verdict.passes), count, config.max_pairs_per_user)
 
     def _is_due(self, since: datetime | None, after_s: float) -> bool:
         return since is not None and self._now() - since >= timedelta(seconds=after_s)
@@ -352,6 +363,7 @@ class Trainer:
         if found is None:
             return
         event = self._store.announcement(*found, lineage.oldest_verdict_at)
+        self._policy.load(self._store.read(found[0]))  # it may have been shrunk after the checkpoint
         self._lineage = lineage.published(found[0])
         self._untold.append(encode(event).decode())
 

@@ -69,6 +69,7 @@ def serve(path: Path) -> None:
             build_app(config, telemetry),
             loop="uvloop",
             http=PatientProtocol,
+            ws="none",
             lifespan="on",
             log_config=None,
             access_log=False,

@@ -36,11 +36,24 @@ class PatientProtocol(HttpToolsProtocol):
         super().data_received(data)
         if heads != self._heads:
             self._head_bytes = 0
+            if self._is_answered:  # the last of a body came after its answer: what comes next is a head again
+                self._wait()
         elif not self.transport.is_closing():
             self._wait()
             self._head_bytes += len(data)
             if self._head_bytes > self.max_head_bytes:
                 self.send_400_response("The request's head is too large.")
+
+    @property
+    def _is_answered(self) -> bool:
+        """Nothing is asked that was not answered, and a head is what comes next."""
+        is_open = self._awaits_head and not self.transport.is_closing()
+        return is_open and self.cycle is not None and self.cycle.response_complete
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Of the head, or of the trailers behind a body in chunks, which nobody reads."""
+        if self._awaits_head:
+            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         self._stop_waiting()

@@ -196,9 +196,11 @@ def _settle_canary(state: VariantState, trial: Trial, world: World, limits: Rele
         return moves.end_trial(state, decision)
     if decision.action == "pass" and _is_ready(world, version):
         return moves.promote(state, trial, decision, world, limits)
-    is_deserted = quiet_s >= canary.hold_s  # waiting longer brings no evidence
-    if state.waiting and age_s >= (canary.hold_s if is_deserted else _hold_s(state.undecided, canary)):
-        why = f"{state.waiting.version} is newer; {decision.reason}"
+    hold_s, waiting = _hold_s(state.undecided, canary), state.waiting
+    is_deserted = quiet_s >= max(canary.quiet_s, hold_s / 2)  # waiting longer brings no evidence
+    if waiting and (age_s >= hold_s or is_deserted):
+        state = replace(state, undecided=state.undecided + 1)
+        why = f"{waiting.version} is newer; {decision.reason}"
     elif age_s >= canary.max_s:
         why = f"no proof within {canary.max_s:.0f} s, its traffic goes back to stable; {decision.reason}"
     else:

@@ -74,7 +74,7 @@ def roll_back(state: VariantState, decision: Decision, actor: str = "controller"
     """Stable falls back to its proven predecessor; whatever descends from it goes with it."""
     route, fallen = state.route, state.route.stable
     route = replace(route, stable=route.previous, previous=route.base_version)
-    state = mark_bad(replace(state, route=route, watch=None, window=()), fallen)
+    state = mark_bad(replace(state, route=route, watch=None, window=(), undecided=0), fallen)
     changes = (change(state, fallen, "rolled_back", decision.reason, actor=actor, evidence=decision.evidence),)
     state, further = _drop_descendants(state)
     return state, changes + further
@@ -85,7 +85,8 @@ def end_trial(state: VariantState, decision: Decision, actor: str = "controller"
     assert state.trial is not None, "only a trial can be ended"
     version = state.trial.candidate.version
     name: ChangeState = "rolled_back" if state.trial.phase == "canary" else "rejected"
-    state = mark_bad(replace(without_trial(state), undecided=0), version)
+    undecided = 0 if state.trial.phase == "canary" else state.undecided
+    state = mark_bad(replace(without_trial(state), undecided=undecided), version)
     ended = change(state, version, name, decision.reason, actor=actor, evidence=decision.evidence)
     state, further = _drop_descendants(state)
     return state, (ended, *further)
@@ -95,7 +96,7 @@ def supersede_trial(state: VariantState, decision: Decision, actor: str = "contr
     """The trial makes room; nothing is held against it."""
     assert state.trial is not None, "only a trial can be superseded"
     version = state.trial.candidate.version
-    state = replace(without_trial(state), undecided=state.undecided + 1)
+    state = without_trial(state)
     reason, evidence = decision.reason, decision.evidence
     return state, (change(state, version, "superseded", reason, actor=actor, evidence=evidence),)
 

@@ -69,7 +69,7 @@ class Background:
 class Journeys:
     """What became of verdicts: seconds from one stage to a later one, and how they ended."""
 
-    times: list[dict[str, datetime]]  # of those that were not dropped
+    times: list[dict[str, datetime]]  # of those that could become live; a refused one never did
     ends: Counter[str]
 
     def between(self, earlier: str, later: str) -> list[float]:
@@ -81,14 +81,13 @@ async def click_to_live(api: Api, ids: list[str]) -> Journeys:
     """Follow verdicts until each is live or dropped, or patience ends."""
     deadline = time.monotonic() + LIVE_LIMIT_S
     while True:
-        times = [_stages(await api.receipt(preference_id)) for preference_id in ids]
-        waiting = [t for t in times if "live" not in t and "dropped" not in t]
-        if not waiting or time.monotonic() > deadline:
+        receipts = [await api.receipt(preference_id) for preference_id in ids]
+        ends = Counter(_end(receipt) for receipt in receipts)
+        if not ends["waiting"] or time.monotonic() > deadline:
             break
         await asyncio.sleep(2.0)
-    ends = Counter("live" if "live" in t else "dropped" if "dropped" in t else "waiting" for t in times)
-    kept = [t for t in times if "dropped" not in t]
-    return Journeys(kept, ends)
+    kept = [receipt for receipt in receipts if _end(receipt) in ("live", "waiting", "refused")]
+    return Journeys([_stages(receipt) for receipt in kept], ends)
 
 
 async def releases_at_rest(api: Api) -> None:
@@ -99,6 +98,12 @@ async def releases_at_rest(api: Api) -> None:
         if not route.get("canary") and not route.get("shadow"):
             return
         await asyncio.sleep(1.0)
+
+
+def _end(receipt: dict[str, Any]) -> str:
+    """live, waiting, or why it was dropped: a tie or a held-out verdict never can be live, a refused one could."""
+    reasons = [stage.get("reason", "") for stage in receipt["stages"] if stage["stage"] == "dropped"]
+    return "live" if "live" in _stages(receipt) else reasons[0] if reasons else "waiting"
 
 
 def _stages(receipt: dict[str, Any]) -> dict[str, datetime]:

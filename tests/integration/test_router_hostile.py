@@ -277,7 +277,23 @@ async def half_a_body_after_the_answer(client: Connection) -> None:
     await client.answer()
 
 
-@pytest.mark.parametrize("begin", [nothing, half_a_head, empty_lines, half_a_second_head, half_a_body_after_the_answer])
+async def the_rest_of_a_body_after_the_answer(client: Connection) -> None:
+    await client.send(b"POST / HTTP/1.1\r\nContent-Length: 2\r\n\r\n")
+    await client.answer()
+    await client.send(b"{}")
+
+
+SLOW = [
+    nothing,
+    half_a_head,
+    empty_lines,
+    half_a_second_head,
+    half_a_body_after_the_answer,
+    the_rest_of_a_body_after_the_answer,
+]
+
+
+@pytest.mark.parametrize("begin", SLOW)
 async def test_a_connection_that_does_not_go_on_is_cut(
     impatient: str, begin: Callable[[Connection], Awaitable[None]]
 ) -> None:

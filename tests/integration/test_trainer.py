@@ -157,6 +157,17 @@ def test_in_quiet_times_earlier_verdicts_are_gone_through_again_and_that_is_publ
     assert bench.published()[-1] == last and len(bench.batches()) == last.step
 
 
+def test_no_user_is_a_crowd_when_earlier_verdicts_are_gone_over(
+    telemetry_config: TelemetryConfig, tiny_model: Path
+) -> None:
+    config = msgspec.structs.replace(CONFIG, rehearse_s=0.0, flush_s=0.0, max_pairs_per_user=1, max_passes=2)
+    bench = Bench(telemetry_config, tiny_model, config)
+    bench.append(*(verdict(n, user="eager") for n in range(3)), verdict(3, user="calm"))
+    bench.turn(10)
+    alone = [batch.replayed_ids for batch in bench.batches() if not batch.preference_ids]
+    assert alone and all(len(set(ids) - {"preference-3"}) <= 1 for ids in alone)
+
+
 def test_a_new_verdict_ends_the_going_over_of_earlier_ones(bench: Bench) -> None:
     bench.config = msgspec.structs.replace(CONFIG, rehearse_s=0.0, flush_s=0.0)
     bench.start()
@@ -213,11 +224,14 @@ def test_a_version_on_disk_whose_event_was_never_told_is_announced_once_after_th
         parent=lineage.parent, base_digest=base_digest(tiny_model), step=2,
         preference_ids=lineage.preference_ids, metrics={}, created_at=utc_now(),
     )  # fmt: skip
-    version, _ = bench.store.write(draft, bench.policy.tensors())  # … and here it dies
+    bench.policy.shrink(0.5)  # as for a version that strays
+    written = bench.policy.tensors()
+    version, _ = bench.store.write(draft, written)  # … and here it dies
     for _ in range(2):
         bench.start()
         bench.turn()
     assert [event.version for event in bench.published()][1:] == [version]
+    assert all(torch.equal(tensor, written[name]) for name, tensor in bench.policy.tensors().items())
 
 
 def test_a_refused_version_takes_the_weights_back_to_the_stable_one(bench: Bench) -> None:
@@ -251,6 +265,36 @@ def test_a_version_that_nobody_met_takes_only_itself_away(bench: Bench) -> None:
     bench.turn()
     again = bench.published()[-1]
     assert again.parent == bench.base and set(again.preference_ids) == {f"preference-{n}" for n in range(4)}
+
+
+def test_a_parent_whose_descendants_are_refused_again_and_again_is_left_for_stable(bench: Bench) -> None:
+    for start in (0, 4):
+        bench.append(*(verdict(n) for n in range(start, start + 4)))
+        bench.turn()
+    first = bench.published()[0]
+    parents = []
+    for start in (8, 12, 16):
+        bench.refuse(bench.published()[-1].version, stable=bench.base)
+        bench.append(*(verdict(n) for n in range(start, start + 4)))
+        bench.turn(3)
+        parents.append(bench.published()[-1].parent)
+    assert parents[0] != bench.base and bench.base in [event.parent for event in bench.published()[1:]]
+    assert not bench.trainer._state().lineage.descends_from(first.version)
+
+
+def test_a_version_that_users_met_makes_up_for_earlier_refusals(bench: Bench) -> None:
+    for start in (0, 4, 8):
+        bench.append(*(verdict(n) for n in range(start, start + 4)))
+        bench.turn()
+    first, _, third = bench.published()
+    bench.refuse(third.version, stable=bench.base)
+    bench.turn()
+    assert bench.trainer._state().lineage.retreats == 1
+    bench.append(
+        ReleaseChanged(variant="chat-main", version=first.version, state="canary", stable=bench.base, reason="test")
+    )
+    bench.turn()
+    assert bench.trainer._state().lineage.retreats == 0
 
 
 def test_what_refused_weights_had_learned_is_learned_again(

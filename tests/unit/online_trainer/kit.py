@@ -17,7 +17,7 @@ from telemetry.events import Completion, Message, Outcome, PreferenceRecorded
 START = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 CONFIG = TrainerConfig(
     base="tiny", dtype="float32", rank=4, layers=1, batch_pairs=4, replay_pairs=2, flush_s=5.0, heldout_ratio=0.0,
-    probe_tokens=6, probes=("Hello?", "Who are you?"), publish_interval_s=0.0, learning_rate=1e-2,
+    probe_tokens=6, probes=("Hello?", "Who are you?"), publish_interval_s=0.0, learning_rate=1e-2, rehearse_s=3600.0,
 )  # fmt: skip
 
 

@@ -39,10 +39,31 @@ def test_a_taste_is_learned_and_carries_over_to_new_prompts(policy: Policy) -> N
 
 def test_the_divergence_never_leaves_the_budget_however_hard_the_learner_pulls(policy: Policy) -> None:
     found = learner(policy, with_settings(kl_budget=0.01, learning_rate=0.1, warmup_steps=0))
-    shrunk = [found.learn(taste(policy)) for _ in range(5)]
-    assert all(values["kl"] <= 0.012 for values in shrunk)
+    drift, shrunk = Drift(policy, TEXTS), []
+    for _ in range(5):
+        shrunk.append(found.learn(taste(policy)))
+        assert drift.kl_per_token() <= 0.012
     assert any(values["shrink_ratio"] < 1 for values in shrunk)
     assert shrunk[-1]["rewards/accuracies"] == 1.0
+
+
+def test_a_small_correction_is_not_measured_again_and_holds_all_the_same(policy: Policy) -> None:
+    drift, measured = Drift(policy, TEXTS), []
+
+    def kl() -> float:
+        measured.append(drift.kl_per_token())
+        return measured[-1]
+
+    found = Learner(policy, with_settings(kl_budget=0.01, learning_rate=1e-3, warmup_steps=0), kl)
+    small = 0
+    for _ in range(40):
+        before = len(measured)
+        values = found.learn(taste(policy))
+        if 0.8 <= values["shrink_ratio"] < 1.0:
+            small += 1
+            assert len(measured) == before + 1
+            assert drift.kl_per_token() == pytest.approx(0.01, rel=0.1)
+    assert small > 0
 
 
 def test_without_a_budget_the_same_pulls_go_far_beyond_it(policy: Policy) -> None:
@@ -65,8 +86,7 @@ def test_micro_batches_change_the_memory_and_not_the_step(tiny_model: Path) -> N
 def test_replay_draws_the_same_verdicts_again_after_a_restart(policy: Policy) -> None:
     first, second = learner(policy, with_settings()), learner(policy, with_settings())
     first.step = second.step = 17
-    assert first.draw(range(50), 4) == second.draw(range(50), 4)
-    assert len(set(first.draw(range(50), 4))) == 4
+    assert first.shuffled(range(50)) == second.shuffled(range(50)) != list(range(50))
+    assert sorted(first.shuffled(range(50))) == list(range(50))
     second.step = 18
-    assert first.draw(range(50), 4) != second.draw(range(50), 4)
-    assert first.draw([], 4) == []
+    assert first.shuffled(range(50)) != second.shuffled(range(50))

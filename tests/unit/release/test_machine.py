@@ -325,6 +325,28 @@ def test_where_evidence_is_rare_each_canary_stays_twice_as_long_until_one_is_dec
     assert (story.state.route.stable, story.state.undecided) == (V2, 0)
 
 
+def test_a_slow_user_is_no_desertion() -> None:
+    story = Story()
+    story.state = replace(story.state, undecided=3)
+    story.to_canary(V1, metrics=UNJUDGED)
+    story.publish(V2, V1)
+    for _ in range(4):
+        story.wait(25)
+        story.serve(V1)
+        story.judge(V1, BASE)
+    assert (V1, "stable") in story.moves
+
+
+def test_only_a_canary_that_made_room_undecided_lengthens_the_next_ones_time() -> None:
+    story = Story()
+    story.state = replace(story.state, undecided=2)
+    story.publish(V1)
+    story.load(V1)
+    story.probe(BASE)
+    story.probe(V1, GIBBERISH)
+    assert (story.moves[-1], story.state.undecided) == ((V1, "rejected"), 2)
+
+
 def test_the_hold_time_stops_growing() -> None:
     story = Story()
     story.state = replace(story.state, undecided=10_000)
@@ -339,13 +361,13 @@ def test_the_hold_time_stops_growing() -> None:
     assert story.moves[-2:] == [(V1, "superseded"), (V2, "shadow")]
 
 
-def test_a_canary_that_nobody_asks_makes_room_after_the_first_hold_time() -> None:
+def test_a_canary_that_nobody_asks_makes_room_after_half_its_time() -> None:
     story = Story()
     story.state = replace(story.state, undecided=10_000)
     story.to_canary(V1, metrics=UNJUDGED)
     story.serve(V1)
     story.publish(V2, V1)
-    story.wait(LIMITS.canary.hold_s + 1)
+    story.wait(LIMITS.canary.longest_hold_s / 2 + 1)
     assert story.moves[-2:] == [(V1, "superseded"), (V2, "shadow")]
 
 
