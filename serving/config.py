@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Literal
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -16,8 +17,9 @@ class BaseConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     model: str = ""
     # Replicas. Each holds the base once, and every wanted version.
     replicas: int = 1
-    # "transformers" computes; "echo" answers without a model, for tests and router benches.
-    engine: Literal["transformers", "echo"] = "transformers"
+    # "transformers" computes; "openai" forwards to the model server at `url`, which computes; "echo" answers
+    # without a model, for tests and router benches.
+    engine: Literal["transformers", "echo", "openai"] = "transformers"
     # "auto" (a GPU if there is one), "cpu", "cuda".
     device: str = "auto"
     # "auto" is bfloat16 where the hardware multiplies it, else float32.
@@ -44,6 +46,45 @@ class BaseConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     idle_chunk_tokens: int = 256
     # Echo engine only: seconds per token.
     echo_token_s: float = 0.0
+
+    # The rest is for engine = "openai". `model` is needed all the same, the very weights that the server serves:
+    # tokenizer, chat template and the base's version come from it, and the trainer trains it. `replicas` stays 1
+    # (a server is scaled behind its url); `slots`, `rank_max`, `max_context`, `max_batch` and `max_queue` hold here
+    # as everywhere and may be no more than the server was started with; device, threads and cache are the server's.
+    # Where the server answers, without /v1, for example http://127.0.0.1:8001.
+    url: str = ""
+    # Which server it is: both speak OpenAI's API, but load adapters at paths of their own.
+    server: Literal["vllm", "sglang"] = "vllm"
+    # The base's name there (GET /v1/models); empty: the only one that is no adapter.
+    server_model: str = ""
+    # Ask for the base as an adapter that changes nothing; it takes one adapter slot of the server. vLLM 0.32 on a CPU
+    # computes a base request with another adapter's weights where both are in one batch. GPU kernels tell them
+    # apart: false spares the base's answers the adapter's arithmetic there.
+    base_as_adapter: bool = True
+    # A file with the server's API key; empty: it wants none.
+    api_key_file: str = ""
+    # The state folder as the server sees it, where that is another path (a mount): it reads adapters from there.
+    server_state: str = ""
+    # Seconds for a connection; without a byte while answering; for loading an adapter; between two looks at it.
+    connect_timeout_s: float = 2.0
+    token_timeout_s: float = 60.0
+    load_timeout_s: float = 60.0
+    look_interval_s: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.engine != "openai":
+            if self.url:
+                raise ValueError('url is for engine = "openai" only')
+            return
+        address = urlsplit(self.url)
+        if address.scheme not in ("http", "https") or not address.hostname:
+            raise ValueError('engine = "openai" needs url, for example url = "http://127.0.0.1:8001"')
+        if address.path.strip("/") or address.query:
+            raise ValueError(f"url: without a path (no /v1): {address.scheme}://{address.netloc}")
+        if not self.model:
+            raise ValueError('engine = "openai" needs model: the folder of the weights that the server serves')
+        if self.replicas != 1:
+            raise ValueError('replicas: 1 with engine = "openai"; a server is scaled behind its url')
 
 
 class ServingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -1,7 +1,7 @@
 """The engine seen by its replica: prompts in, chunks out, versions loaded beside each other. Torch-free.
 
-Two implementations, one contract (tests/contract/test_engine.py): ``transformers_engine`` and
-``echo_engine``. A request names one version and is pinned to it until its last chunk; unloading waits.
+Three implementations, one contract (tests/contract/test_engine.py): ``transformers_engine``, ``remote_engine``
+and ``echo_engine``. A request names one version and is pinned to it until its last chunk; unloading waits.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Engine(Protocol):
     base_version: str
 
     async def start(self) -> None:
-        """Load the base model; raises UnsupportedModel when it would not be served right."""
+        """Load the base model; raises UnsupportedModel when it would not be served right, ServerAway when remote."""
         ...
 
     async def submit(self, request: GenerateRequest) -> ChunkStream:

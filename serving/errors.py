@@ -80,6 +80,13 @@ class EngineFailed(ServingError):
     code = "engine_failed"
 
 
+class ServerAway(ServingError):
+    """The model server behind this replica does not answer; it is asked again as soon as it does."""
+
+    status = 502
+    code = "server_away"
+
+
 class UnsupportedModel(ServingError):
     """The engine would not compute this model as transformers does; use another base model."""
 

@@ -18,7 +18,7 @@ from telemetry.process import signing_key
 def build_replica(
     base: str, config: BaseConfig, *, state: Path, replica_id: str, blocked_patterns: tuple[str, ...]
 ) -> tuple[Engine, Starlette]:
-    """The engine and the app that starts it; torch is imported only for an engine that computes."""
+    """The engine and the app that starts it; torch is imported only for an engine that reads weights."""
     output_filter = OutputFilter(blocked_patterns)
     digest = base_digest(Path(config.model)) if config.model else ""
     engine: Engine
@@ -30,6 +30,10 @@ def build_replica(
             token_s=config.echo_token_s,
             output_filter=output_filter,
         )
+    elif config.engine == "openai":
+        from serving.remote_engine import RemoteEngine
+
+        engine = RemoteEngine(digest, base, config, output_filter, state=state)
     else:
         from serving.transformers_engine import TransformersEngine
 

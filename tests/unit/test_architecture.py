@@ -23,7 +23,10 @@ ALLOWED = {
 HEAVY = ("torch", "ray", "transformers")
 TORCH = ("torch", "transformers", "peft", "accelerate")
 # the engine, LoRA and adapter modules of serving
-TORCH_IN_SERVING = {"adapters", "kv", "lora", "runner", "sampling", "shaping", "slots", "transformers_engine"}
+TORCH_IN_SERVING = {
+    "adapters", "kv", "lora", "peft_folder", "remote_engine", "runner", "sampling", "shaping", "slots",
+    "transformers_engine",
+}  # fmt: skip
 CORES = {  # what must run alone, on a GPU machine with nothing else installed
     "online_trainer": {"objective", "policy", "batches", "checkpoint", "evaluate", "config"},
     "serving": TORCH_IN_SERVING | {"engine", "scheduler", "text_stream", "safety", "wire"},

