@@ -5,8 +5,9 @@
 #   make test    unit, contract, integration (a real Kafka, Redis, Prometheus), end to end
 #   make check   format, lint, strict types, import directions
 #   make bench   every figure of the README, measured here
+#   make test-vllm   the remote engine on a real vLLM, in an environment of its own (6 GB)
 
-.PHONY: help setup up test demo check bench bench-serving pictures lock clean
+.PHONY: help setup up test test-vllm demo check bench bench-serving pictures lock clean
 .DEFAULT_GOAL := help
 
 PYTHON := .venv/bin/python
@@ -42,6 +43,10 @@ demo: setup
 
 test: setup
 	@exec $(PYTHON) -m tests.tiers
+
+test-vllm: setup
+	@$(PYTHON) -m tests.vllm.server
+	@HF_HUB_OFFLINE=1 exec $(PYTHON) -m pytest -q -s --timeout 600 tests/vllm
 
 check: setup
 	.venv/bin/ruff format --check .
