@@ -162,14 +162,14 @@ class ModelServer:
         except BROKEN as error:
             raise self.away(error) from error
 
-    async def complete(self, document: Mapping[str, object]) -> AsyncGenerator[Event | None]:
+    async def complete(self, document: Mapping[str, object], *, traceparent: str = "") -> AsyncGenerator[Event | None]:
         """None once the server has accepted, then its events to the last; closing the generator cancels there.
 
         Raises a ServingError for a refusal, ServerAway for a connection that breaks.
         """
         body = _json.encode(document)
         try:
-            response = await self._accepted(body)
+            response = await self._accepted(body, {"traceparent": traceparent} if traceparent else {})
             try:
                 if response.status != 200:
                     refuse(response.status, await response.read())
@@ -183,16 +183,16 @@ class ModelServer:
         except msgspec.DecodeError as error:
             raise EngineFailed(f"{self.url} answers what cannot be read: {error}") from error
 
-    async def _accepted(self, body: bytes) -> aiohttp.ClientResponse:
+    async def _accepted(self, body: bytes, headers: Mapping[str, str]) -> aiohttp.ClientResponse:
         """The answer's head. Asked once more where a kept connection turns out to have been closed meanwhile."""
         config, url = self._config, f"{self.url}/v1/completions"
         timeout = aiohttp.ClientTimeout(sock_connect=config.connect_timeout_s, sock_read=config.token_timeout_s)
         try:
-            return await self._session.post(url, data=body, timeout=timeout)
+            return await self._session.post(url, data=body, headers=headers, timeout=timeout)
         except STALE as error:
             if isinstance(error, aiohttp.ClientConnectorError):
                 raise
-            return await self._session.post(url, data=body, timeout=timeout)
+            return await self._session.post(url, data=body, headers=headers, timeout=timeout)
 
     def _timeout(self, total_s: float) -> aiohttp.ClientTimeout:
         return aiohttp.ClientTimeout(total=total_s, sock_connect=self._config.connect_timeout_s)

@@ -144,6 +144,8 @@ class RemoteEngine:
             raise InvalidRequest(f"logit_bias: token ids are 0 to {self._vocabulary - 1}")
         if request.sampling.top_logprobs and config.server == "sglang":
             raise InvalidRequest("top_logprobs: SGLang does not name alternatives by their ids")
+        if request.sampling.json_schema:
+            check_json(request.sampling.json_schema)
         if request.n > config.max_batch:
             raise InvalidRequest(f"n: at most {config.max_batch}, the batch of this replica")
         tokens = self._prompts.encode(request.messages)
@@ -154,7 +156,7 @@ class RemoteEngine:
             raise EngineClosed()
         if self._is_away and not is_warming:
             raise ServerAway(f"{self._server.url} does not answer")
-        if len(self._streams) >= config.max_batch + config.max_queue:
+        if len(self._streams) >= config.max_batch + config.max_queue and not is_warming:
             raise Overloaded(f"{len(self._streams)} requests are at the server already; try again in a moment")
         if version in self._lost:
             raise VersionNotReady(f"{version} is being loaded again: the server had lost it")
@@ -178,8 +180,9 @@ class RemoteEngine:
 
     def complete(self, ticket: Ticket, index: int) -> AsyncGenerator[Event | None]:
         """The server's events for one completion of ``ticket``."""
-        version = ticket.request.version
-        return self._server.complete(self._document(ticket, index) | {"model": self._name_there(version)})
+        request = ticket.request
+        document = self._document(ticket, index) | {"model": self._name_there(request.version)}
+        return self._server.complete(document, traceparent=request.traceparent)
 
     def check(self, version: str, event: Event) -> None:
         """Raise for an event that is an error, or another model's."""
@@ -223,7 +226,7 @@ class RemoteEngine:
         if sampling.logit_bias:
             document["logit_bias"] = {str(token_id): bias for token_id, bias in sampling.logit_bias.items()}
         if sampling.json_schema:
-            schema = {"name": "answer", "schema": msgspec.json.decode(sampling.json_schema)}
+            schema = {"name": "answer", "schema": msgspec.Raw(sampling.json_schema.encode())}
             document["response_format"] = {"type": "json_schema", "json_schema": schema}
         return document
 
@@ -334,7 +337,7 @@ class RemoteEngine:
                 if is_new:
                     log.warning("not loaded again: %s", error, extra={"action": "version_lost", "version": version})
                 return
-            self._lost.pop(version)
+            self._lost.pop(version, None)
             log.info("loaded again", extra={"action": "version_loaded_again", "version": version})
 
     async def _sweep(self, ours: set[str]) -> None:
@@ -368,8 +371,8 @@ class RemoteEngine:
         )
 
     def is_healthy(self) -> bool:
-        """A server that is away comes back; a new replica would find it no sooner."""
-        return not self._is_closed
+        """A server that is away comes back, and a new replica would find it no sooner."""
+        return not self._is_closed and (self._looking is None or not self._looking.done())
 
     async def close(self) -> None:
         self._is_closed = True
@@ -395,7 +398,7 @@ class _Stream:
         self._accepted = [loop.create_future() for _ in self._completions]
         self._tasks = [loop.create_task(self._follow(completion)) for completion in self._completions]
         self._done = asyncio.gather(*self._tasks, return_exceptions=True)
-        self._done.add_done_callback(lambda _: engine.ended(self))
+        self._done.add_done_callback(lambda _: self._over())
 
     async def accepted(self) -> None:
         """Return when the server has taken every completion; raises what it refused one for."""
@@ -425,6 +428,15 @@ class _Stream:
         for completion in self._completions:
             completion.end("cancelled", error=error)
         self._deliver(self._ticket.take())
+
+    def _over(self) -> None:
+        """Every task is done: an error that none of them expected ends its completion, then the version may go."""
+        for completion, task in zip(self._completions, self._tasks, strict=True):
+            if not task.cancelled() and (error := task.exception()) is not None:
+                log.error("an answer failed", exc_info=error, extra={"action": "answer_failed"})
+                completion.end("error", error="engine_failed")
+        self._deliver(self._ticket.take())
+        self._engine.ended(self)
 
     async def _follow(self, completion: Completion) -> None:
         """One completion from the request to its last chunk, whatever comes between."""
@@ -504,6 +516,14 @@ class _Last:
         """What was kept, counted."""
         chunks, self._chunks = self._chunks, []
         return [msgspec.structs.replace(c, cached_tokens=self._cached) if c.finish_reason else c for c in chunks]
+
+
+def check_json(schema: str) -> None:
+    """Raise InvalidRequest for a schema that is no JSON; what it means the server judges."""
+    try:
+        msgspec.json.decode(schema)
+    except msgspec.DecodeError as error:
+        raise InvalidRequest(f"response_format: {error}") from error
 
 
 def sampled(choice: Choice, top: int) -> list[Sampled]:

@@ -111,6 +111,12 @@ async def test_a_bad_schema_is_refused_before_any_chunk_though_the_server_stream
         await engine.submit(request(engine.base_version, json_schema=SCHEMA))
 
 
+async def test_a_schema_that_is_no_json_is_refused(engine: RemoteEngine) -> None:
+    with pytest.raises(InvalidRequest, match="response_format"):
+        await engine.submit(request(engine.base_version, json_schema="{"))
+    assert engine.status().in_flight == {}
+
+
 @pytest.mark.parametrize(
     ("mood", "code"),
     [("reset", "server_away"), ("silent", "server_away"), ("no_done", ""), ("other_model", "engine_failed")],
