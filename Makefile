@@ -1,7 +1,7 @@
 # The whole interface. Every target sets itself up in .venv first, and again only when the lock or the packages change.
 #
 #   make up      start everything on this machine and open http://127.0.0.1:8000
-#   make demo    the whole circle with simulated users, in under eight minutes
+#   make demo    the whole circle with simulated users, in about eight minutes
 #   make test    unit, contract, integration (a real Kafka, Redis, Prometheus), end to end
 #   make check   format, lint, strict types, import directions
 #   make bench   every figure of the README, measured here

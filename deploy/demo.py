@@ -39,7 +39,7 @@ USERS = 6
 MAX_TOKENS = 32
 LOOK_EVERY = 50  # clicks between two looks at the win rate, and the prompts of a look in between
 LOOK_PROMPTS = 20
-SETTLE_LIMIT_S, QUIET_S = 40.0, 10.0  # for the last versions to be released; sooner when no canary was seen lately
+SETTLE_LIMIT_S, QUIET_S = 15.0, 10.0  # for the last versions to be released; sooner when no canary was seen lately
 ROLLBACK_LIMIT_S = 100.0
 POLL_S = 0.7
 
