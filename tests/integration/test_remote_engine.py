@@ -285,7 +285,7 @@ async def test_a_restarted_replica_takes_what_the_server_still_holds_and_clears_
     await again.load(version, folder, read_version(folder, KEY))
     assert server.calls[calls:] == []
     await until(lambda: set(server.adapters) == {version, "somebody-elses"})
-    assert not (tmp_path / "remote" / "tiny" / other).exists()
+    await until(lambda: not (tmp_path / "remote" / "tiny" / other).exists())
     await again.close()
 
 
