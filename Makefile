@@ -59,7 +59,7 @@ bench: setup
 	  name=$${bench##*/}; $(PYTHON) -m tests.bench.$${name%.py}; done
 	$(PYTHON) -m tests.bench.record
 
-bench-serving: bench-gateway bench-engine bench-swaps bench-overload
+bench-serving: bench-gateway bench-proxy bench-engine bench-swaps bench-overload
 
 bench-%: setup
 	$(PYTHON) -m tests.bench.bench_$*

@@ -69,6 +69,11 @@ class Deployment(msgspec.Struct, frozen=True, kw_only=True):
         return self.run_folder / "config.toml"
 
     @property
+    def router_workers(self) -> int:
+        """Processes that answer on the one port."""
+        return int(self.document.get("router", {}).get("workers", 1))
+
+    @property
     def has_keys(self) -> bool:
         """Clients must authenticate."""
         return bool(self.document.get("router", {}).get("key_file"))

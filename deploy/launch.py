@@ -23,7 +23,7 @@ from typing import TextIO
 from deploy import machine
 from deploy.config import Deployment, load, resolve
 from deploy.models import ModelUnavailable, prepare_model
-from deploy.programs import programs
+from deploy.programs import empty_shared_metrics, programs
 from deploy.status import ProcessStatus, StackStatus, fetch, read_ready, write_status
 from deploy.supervisor import Child, Supervisor
 from router.admission import is_loopback
@@ -138,6 +138,7 @@ class Stack:
 
     def _start(self) -> bool:
         """Start everything and wait until all of it serves; False when told to stop before that."""
+        empty_shared_metrics(self._deployment)
         children = self._supervisor.children
         deadline = time.monotonic() + self._deployment.stack.ready_timeout_s
         for group in ([c for c in children if c.program.name == "redis"], children):

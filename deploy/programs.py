@@ -1,9 +1,11 @@
-"""What the local stack consists of: a private Redis and five processes of ours, as the supervisor starts them."""
+"""What the local stack consists of: a private Redis and our own processes, as the supervisor starts them."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import redis
@@ -12,7 +14,9 @@ from deploy import machine
 from deploy.config import Deployment, socket_path
 from deploy.status import read_ready
 from deploy.supervisor import Program
+from router.config import worker_name
 from telemetry.config import redis_client
+from telemetry.metrics import SHARED_FOLDER
 
 MODULES = {
     "serving": "serving",
@@ -33,18 +37,41 @@ def programs(deployment: Deployment) -> list[Program]:
     stack = deployment.stack
     threads = {"serving": stack.serving_threads, "trainer": stack.trainer_threads}
     for name, module in MODULES.items():
-        ready = deployment.run_folder / f"{name}.ready"
-        found.append(
-            Program(
-                name,
-                (sys.executable, "-m", module, "--config", str(deployment.config_path)),
-                is_ready=lambda pid, ready=ready: _announced(ready, pid),  # type: ignore[misc]
-                environ=_environ(threads.get(name, 1)) | (KEEPS_ITS_HEAP if name == "trainer" else {}),
-                nice=stack.background_nice if name in BACKGROUND else 0,
-                before_start=lambda ready=ready: ready.unlink(missing_ok=True),  # type: ignore[misc]
-            )
-        )
+        environ = _environ(threads.get(name, 1)) | (KEEPS_ITS_HEAP if name == "trainer" else {})
+        nice = stack.background_nice if name in BACKGROUND else 0
+        if name == "router" and deployment.router_workers > 1:
+            environ[SHARED_FOLDER] = str(_shared_metrics(deployment))
+            for worker in range(1, deployment.router_workers + 1):
+                found.append(_ours(deployment, worker_name(worker), module, environ, nice, "--worker", str(worker)))
+        else:
+            found.append(_ours(deployment, name, module, environ, nice))
     return found
+
+
+def empty_shared_metrics(deployment: Deployment) -> None:
+    """Before the first of the router's workers starts: what an earlier life of the stack counted is over."""
+    folder = _shared_metrics(deployment)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _shared_metrics(deployment: Deployment) -> Path:
+    """Where the router's workers count for one ``/metrics``."""
+    return deployment.run_folder / "router-metrics"
+
+
+def _ours(
+    deployment: Deployment, name: str, module: str, environ: Mapping[str, str], nice: int, *words: str
+) -> Program:
+    ready = deployment.run_folder / f"{name}.ready"
+    return Program(
+        name,
+        (sys.executable, "-m", module, "--config", str(deployment.config_path), *words),
+        is_ready=lambda pid: _announced(ready, pid),
+        environ=environ,
+        nice=nice,
+        before_start=lambda: ready.unlink(missing_ok=True),
+    )
 
 
 def _environ(threads: int) -> dict[str, str]:

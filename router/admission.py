@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import ipaddress
 import tomllib
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
@@ -18,6 +17,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from router.errors import Forbidden, TooManyRequests, Unauthenticated, Unavailable
+from router.places import Places
 from telemetry.configuration import InvalidConfiguration
 from telemetry.metrics import IN_FLIGHT, REJECTED
 
@@ -73,14 +73,16 @@ def is_loopback(host: str) -> bool:
 
 
 class Admission:
-    """Authenticates callers and counts what is being answered. One event loop, so no locks."""
+    """Authenticates callers and counts what is being answered, with the router's other workers."""
 
-    def __init__(self, keys: Mapping[str, Caller], *, max_in_flight: int, max_in_flight_per_key: int) -> None:
+    def __init__(
+        self, keys: Mapping[str, Caller], places: Places, *, max_in_flight: int, max_in_flight_per_key: int
+    ) -> None:
+        """``places`` counts ``place_names(keys)``."""
         self._keys = keys
+        self._places = places
         self._limit = max_in_flight
         self._limit_per_key = max_in_flight_per_key
-        self._total = 0
-        self._per_key: Counter[str] = Counter()
 
     def authenticate(self, authorization: str | None, role: Role) -> Caller:
         """The caller behind an ``Authorization`` header. Raises Unauthenticated or Forbidden."""
@@ -98,18 +100,31 @@ class Admission:
 
     def enter(self, caller: Caller) -> None:
         """Take a place, to be given back with ``leave``. Raises Unavailable or TooManyRequests."""
-        if self._total >= self._limit:
+        if self._places.total(_ALL) >= self._limit:
             REJECTED.labels("overloaded").inc()
             raise Unavailable("The gateway is full: try again shortly.", code="overloaded", retry_after_s=1.0)
-        if self._keys and self._per_key[caller.name] >= self._limit_per_key:
+        if self._keys and self._places.total(_of(caller)) >= self._limit_per_key:
             REJECTED.labels("concurrency").inc()
             raise TooManyRequests(retry_after_s=1.0)
-        self._total += 1
-        self._per_key[caller.name] += 1
-        IN_FLIGHT.set(self._total)
+        self._count(caller, 1)
 
     def leave(self, caller: Caller) -> None:
         """Give the place back."""
-        self._total -= 1
-        self._per_key[caller.name] -= 1
-        IN_FLIGHT.set(self._total)
+        self._count(caller, -1)
+
+    def _count(self, caller: Caller, change: int) -> None:
+        self._places.add(_ALL, change)
+        self._places.add(_of(caller), change)
+        IN_FLIGHT.set(self._places.mine(_ALL))
+
+
+_ALL = "all"
+
+
+def place_names(keys: Mapping[str, Caller]) -> list[str]:
+    """What an Admission counts: everything, and each caller's."""
+    return [_ALL, *(_of(caller) for caller in (OPEN_CALLER, *keys.values()))]
+
+
+def _of(caller: Caller) -> str:
+    return f"key {caller.name}"

@@ -7,7 +7,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from importlib.metadata import version
 from typing import Final
 
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST
 from redis.exceptions import RedisError
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
@@ -46,6 +46,7 @@ from router.schema import (
 from router.services import Services, keys_of, open_services
 from telemetry.config import TelemetryConfig
 from telemetry.manifest import VERSION_PATTERN
+from telemetry.metrics import page as page_of_metrics
 
 OpenServices = Callable[[], AbstractAsyncContextManager[Services]]
 
@@ -131,7 +132,7 @@ async def ready(request: Request, caller: Caller) -> Response:
 
 
 async def metrics(request: Request, caller: Caller) -> Response:
-    return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
+    return Response(page_of_metrics(), media_type=CONTENT_TYPE_LATEST)
 
 
 async def releases(request: Request, caller: Caller) -> Response:
@@ -295,12 +296,14 @@ def _route(endpoint: Endpoint) -> BaseRoute:
     return Route(endpoint.path, guarded, methods=[endpoint.method], include_in_schema=False)
 
 
-def build_app(config: RouterConfig, telemetry: TelemetryConfig, *, opening: OpenServices | None = None) -> Starlette:
-    """The application; ``opening`` takes the place of the services that ``config`` describes."""
+def build_app(
+    config: RouterConfig, telemetry: TelemetryConfig, *, worker: int = 1, opening: OpenServices | None = None
+) -> Starlette:
+    """The application of one worker; ``opening`` takes the place of the services that ``config`` describes."""
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        async with opening() if opening else open_services(config, telemetry) as opened:
+        async with opening() if opening else open_services(config, telemetry, worker=worker) as opened:
             app.state.services = opened
             yield
 

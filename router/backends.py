@@ -81,7 +81,7 @@ class ReplicaPool:
     """Every replica of every base, as the tables name them."""
 
     def __init__(
-        self, tables: Tables, *, ready_wait_s: float, min_in_flight: int, max_in_flight: int, patience_s: float
+        self, tables: Tables, *, ready_wait_s: float, min_in_flight: float, max_in_flight: float, patience_s: float
     ) -> None:
         self._tables = tables
         self._limit_range, self._patience_s = (min_in_flight, max_in_flight), patience_s
@@ -121,6 +121,7 @@ class ReplicaPool:
                     async for chunks in stream:
                         if not has_begun:
                             limit.first_token(time.perf_counter() - asked_s)
+                            CONCURRENCY_LIMIT.labels(base).set(limit.limit)
                             has_begun = True
                         yield chunks
                 return
@@ -140,7 +141,7 @@ class ReplicaPool:
     def _limit(self, base: str) -> ConcurrencyLimit:
         if base not in self._limits:
             self._limits[base] = ConcurrencyLimit(*self._limit_range, patience_s=self._patience_s)
-            CONCURRENCY_LIMIT.labels(base).set_function(lambda: self._limits[base].limit)
+            CONCURRENCY_LIMIT.labels(base).set(self._limits[base].limit)
         return self._limits[base]
 
     def _leave(self, replica_id: str) -> None:

@@ -26,6 +26,8 @@ class RouterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
 
     # TOML file of key hashes (router/admission.py). Empty: open mode, which serves on loopback only.
     key_file: str = ""
+    # Processes that answer on the one port; together they keep every limit below. More than cores gains nothing.
+    workers: Positive = 1
     # Share of an opted-in user's `auto` requests that become pairs, and how many a minute at most.
     pair_ratio: Ratio = 0.2
     pairs_per_minute: Positive = 30
@@ -63,3 +65,8 @@ class RouterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     ready_wait_s: Seconds = 5.0
     # How often the routing and replica tables are read.
     table_poll_s: Seconds = 0.3
+
+
+def worker_name(worker: int) -> str:
+    """What a worker's files are called: ``router``, ``router-2`` …"""
+    return "router" if worker == 1 else f"router-{worker}"

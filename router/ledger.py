@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Future
 from itertools import islice
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, TypeVar
 
 import msgspec
 from redis.asyncio import Redis
@@ -27,7 +27,18 @@ from telemetry.outbox import OutboxLog
 
 MEMORY_BATCH: Final = 64
 COMPLETION_KEY: Final = "tiebreak:completion:"
+ELSEWHERE_S: Final = 0.25
+T = TypeVar("T")
 log = logging.getLogger(__name__)
+
+
+async def found_soon(find: Callable[[], Awaitable[T | None]]) -> T | None:
+    """What ``find`` finds, or does a moment later: another worker may be writing it, behind its answer."""
+    found = await find()
+    if found is None:
+        await asyncio.sleep(ELSEWHERE_S)
+        found = await find()
+    return found
 
 
 class RememberedCompletion(msgspec.Struct, frozen=True):
@@ -116,7 +127,7 @@ class Ledger:
         """The single answer, or None when it is unknown or too old."""
         if waiting := self._memories.get(COMPLETION_KEY + completion_id):
             return waiting
-        payload = await self._redis.get(COMPLETION_KEY + completion_id)
+        payload = await found_soon(lambda: self._redis.get(COMPLETION_KEY + completion_id))
         return None if payload is None else msgspec.json.decode(payload, type=RememberedCompletion)
 
     async def settled(self) -> None:

@@ -15,7 +15,7 @@ from redis.exceptions import RedisError
 from router.admission import Caller
 from router.claims import Claims, Verdict
 from router.errors import Forbidden, NotFound, Unavailable
-from router.ledger import Ledger
+from router.ledger import Ledger, found_soon
 from router.pairs import derived_id
 from router.schema import Choice, Links, Receipt, Revealed, RevealedPair, Timeline
 from telemetry.events import Completion, PreferenceRecorded, PreferenceRetracted, utc_now
@@ -102,13 +102,17 @@ class ReceiptBook:
 
     async def _find(self, preference_id: str, caller: Caller) -> tuple[dict[bytes, bytes], Verdict | None]:
         await self._claims.marked(preference_id)
-        fields = await cast(Any, self._redis.hgetall(receipt_key(preference_id)))
-        if b"accepted_at" not in fields:
+        fields = await found_soon(lambda: self._accepted(preference_id))
+        if fields is None:
             raise NotFound("There is no such preference.", code="preference_not_found")
         verdict = await self._claims.verdict(fields[b"pair_id"].decode())
         if verdict and verdict.claim.caller != caller.name:
             raise Forbidden("This verdict was given with another key.")
         return fields, verdict
+
+    async def _accepted(self, preference_id: str) -> dict[bytes, bytes] | None:
+        fields: dict[bytes, bytes] = await cast(Any, self._redis.hgetall(receipt_key(preference_id)))
+        return fields if b"accepted_at" in fields else None
 
 
 def _status(stages: Iterable[Stage]) -> str:

@@ -13,15 +13,16 @@ import msgspec
 from redis.asyncio import BlockingConnectionPool, Redis
 
 from router.admin import ReleaseDesk
-from router.admission import Admission, Caller, read_keys
+from router.admission import Admission, Caller, place_names, read_keys
 from router.arms import PairRatios
 from router.backends import ReplicaPool
 from router.chat import Chat, ChatSettings
 from router.claims import Claims
-from router.config import RouterConfig
+from router.config import RouterConfig, worker_name
 from router.consent import ConsentBook
 from router.ledger import Ledger
 from router.pairs import PairMemory
+from router.places import Places
 from router.preferences import Preferences
 from router.receipts import ReceiptBook
 from router.schema import ChatLimits
@@ -55,16 +56,16 @@ def keys_of(config: RouterConfig) -> dict[str, Caller]:
 
 @asynccontextmanager
 async def open_services(
-    config: RouterConfig, telemetry: TelemetryConfig, *, event_log: EventLog | None = None
+    config: RouterConfig, telemetry: TelemetryConfig, *, worker: int = 1, event_log: EventLog | None = None
 ) -> AsyncIterator[Services]:
-    """Services for one event loop; ``event_log`` takes the place of the configured one."""
+    """Services of one worker (from 1); ``event_log`` takes the place of the configured one."""
     redis = _queueing(redis_client_async(telemetry), config.redis_connections, telemetry.redis_timeout_s)
-    outbox = OutboxLog(event_log or open_log(telemetry), telemetry.state_path / "outbox" / "router")
+    outbox = _open_outbox(event_log or open_log(telemetry), telemetry.state_path, worker, config.workers)
     tables = Tables(redis)
     pool = ReplicaPool(
         tables,
         ready_wait_s=config.ready_wait_s,
-        min_in_flight=config.min_in_flight,
+        min_in_flight=config.min_in_flight / config.workers,  # each worker finds a limit of its own
         max_in_flight=2 * config.max_in_flight,  # a pair of two versions is two generations
         patience_s=config.patience_s,
     )
@@ -72,7 +73,8 @@ async def open_services(
     stop = asyncio.Event()
     polling = asyncio.create_task(tables.poll(config.table_poll_s, stop))
     embedded_log = event_log is None and telemetry.log == "redis"
-    services = _wire(config, signing_key(telemetry.state_path), redis, outbox, tables, pool, embedded_log=embedded_log)
+    key, admission = signing_key(telemetry.state_path), _admission(config, telemetry.state_path / "run", worker)
+    services = _wire(config, key, redis, outbox, tables, pool, admission, embedded_log=embedded_log)
     try:
         yield services
     finally:
@@ -82,6 +84,21 @@ async def open_services(
         await pool.close()
         await asyncio.to_thread(outbox.close)
         await redis.aclose()
+
+
+def _open_outbox(event_log: EventLog, state: Path, worker: int, workers: int) -> OutboxLog:
+    """Each worker's own; the first one also sends what workers left that are no more."""
+    folders = {number: state / "outbox" / worker_name(number) for number in range(1, workers + 1)}
+    left = sorted(set((state / "outbox").glob(f"{worker_name(1)}*")) - set(folders.values())) if worker == 1 else ()
+    return OutboxLog(event_log, folders[worker], adopt=left)
+
+
+def _admission(config: RouterConfig, folder: Path, worker: int) -> Admission:
+    keys = keys_of(config)
+    shared = folder if config.workers > 1 else None
+    places = Places(place_names(keys), folder=shared, worker=worker, workers=config.workers)
+    limits = {"max_in_flight": config.max_in_flight, "max_in_flight_per_key": config.max_in_flight_per_key}
+    return Admission(keys, places, **limits)
 
 
 def _queueing(client: Redis, connections: int, timeout_s: float) -> Redis:
@@ -103,6 +120,7 @@ def _wire(
     outbox: OutboxLog,
     tables: Tables,
     pool: ReplicaPool,
+    admission: Admission,
     *,
     embedded_log: bool,
 ) -> Services:
@@ -111,9 +129,6 @@ def _wire(
     book = ConsentBook(redis, pairs_per_minute=config.pairs_per_minute)
     claims = Claims(redis, ledger, ttl_s=config.verdict_ttl_s, lease_s=config.claim_lease_s, embedded_log=embedded_log)
     receipts = ReceiptBook(redis, ledger, claims)
-    admission = Admission(
-        keys_of(config), max_in_flight=config.max_in_flight, max_in_flight_per_key=config.max_in_flight_per_key
-    )
     settings = ChatSettings(
         key=key,
         limits=ChatLimits(config.default_max_tokens, config.max_tokens, config.max_choices),

@@ -5,9 +5,15 @@ Processes import the objects they feed; ``expose`` serves the default registry o
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Final
 
-from prometheus_client import Counter, Gauge, Histogram, start_http_server
+import psutil
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, start_http_server
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+
+SHARED_FOLDER: Final = "PROMETHEUS_MULTIPROC_DIR"  # prometheus_client reads it when it is imported
 
 # vLLM's buckets for time to first token, so that dashboards can be compared.
 TTFT_BUCKETS: Final = (
@@ -25,10 +31,11 @@ TTFT = Histogram("tiebreak_ttft_seconds", "Time to first token", ["variant", "ve
 DURATION = Histogram(
     "tiebreak_response_duration_seconds", "Whole completion", ["variant", "version"], buckets=TTFT_BUCKETS
 )
-IN_FLIGHT = Gauge("tiebreak_requests_in_flight", "Chat requests being answered")
+IN_FLIGHT = Gauge("tiebreak_requests_in_flight", "Chat requests being answered", multiprocess_mode="livesum")
 CONCURRENCY_LIMIT = Gauge(
-    "tiebreak_concurrency_limit_requests", "Requests that the replicas of a base are given at once", ["base"]
-)
+    "tiebreak_concurrency_limit_requests", "Requests that the replicas of a base are given at once", ["base"],
+    multiprocess_mode="livesum",
+)  # fmt: skip
 PAIRS_SHOWN = Counter("tiebreak_pairs_shown_total", "Pairs shown to opted-in users", ["policy"])
 PAIR_SIDES_LOST = Counter("tiebreak_pair_sides_lost_total", "Sides of pairs that failed", ["variant", "version"])
 VERDICTS = Counter(
@@ -87,6 +94,23 @@ DUELS = Counter(
 )
 LAST_RELEASE = Gauge("tiebreak_last_stable_timestamp_seconds", "When stable last changed", ["variant"])
 LAST_VERSION = Gauge("tiebreak_last_version_timestamp_seconds", "When a version was last published", ["variant"])
+
+
+def page() -> bytes:
+    """The text of ``/metrics``: this process's, or of all that share the folder in PROMETHEUS_MULTIPROC_DIR."""
+    if SHARED_FOLDER not in os.environ:
+        return generate_latest()
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+    return generate_latest(registry)
+
+
+def forget_dead_processes() -> None:
+    """Leave out what processes that are no more last had under way; what they counted stays counted."""
+    for path in Path(os.environ[SHARED_FOLDER]).glob("gauge_live*_*.db"):
+        pid = int(path.stem.rpartition("_")[2])
+        if not psutil.pid_exists(pid):
+            mark_process_dead(pid)  # type: ignore[no-untyped-call]
 
 
 def expose(port: int) -> int:

@@ -82,22 +82,40 @@ def _write_all(file: IO[bytes], content: bytes) -> None:
         left = left[file.write(left) :]
 
 
+def _own(folder: Path) -> IO[str]:
+    """The folder's lock, held until it is closed. Raises OutboxInUse."""
+    owner = (folder / "lock").open("w")
+    try:
+        fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        owner.close()
+        raise OutboxInUse(f"{folder}: {OutboxInUse.__doc__}") from error
+    return owner
+
+
 class Segments:
     """The folder of segment files, oldest first. A segment is only ever appended to by the process that made it."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
-        self._owner = (folder / "lock").open("w")
-        try:
-            fcntl.flock(self._owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._owner.close()
-            raise OutboxInUse(f"{folder}: {OutboxInUse.__doc__}") from error
+        self._owner = _own(folder)
         self._lock = threading.Lock()
         self._file: IO[bytes] | None = None
         names = [int(path.stem) for path in self.paths()]
         self._number = max(names, default=0)
+
+    def adopt(self, folder: Path) -> None:
+        """Take over the segments of a folder that nobody owns, behind our own; do nothing when somebody does."""
+        try:
+            owner = _own(folder)
+        except OutboxInUse:
+            return
+        with owner, self._lock:
+            for path in sorted(folder.glob("*.segment")):
+                self._number += 1
+                path.rename(self._folder / f"{self._number:012d}.segment")
+            self._sync_folder()
 
     def paths(self) -> list[Path]:
         return sorted(self._folder.glob("*.segment"))
@@ -147,9 +165,12 @@ class Segments:
 class OutboxLog:
     """An event log that takes entries also while the real one is down. Safe to share between threads."""
 
-    def __init__(self, log: EventLog, folder: Path) -> None:
+    def __init__(self, log: EventLog, folder: Path, *, adopt: Sequence[Path] = ()) -> None:
+        """``adopt`` names folders of outboxes whose processes are no more: what they hold is sent from here."""
         self._log = log
         self._segments = Segments(folder)
+        for left in adopt:
+            self._segments.adopt(left)
         self._lock = threading.Lock()  # guards the three below
         self._unwritten = 0  # entries on their way to a segment
         self._unsent = sum(1 for path in self._segments.paths() for _ in read_segment(path))

@@ -30,16 +30,21 @@ def obey(state: VariantState, command: Commanded, world: World) -> Moved:
 def _queue(state: VariantState, candidate: Candidate, command: Commanded, _: World) -> Moved:
     if candidate.version in state.bad or moves.bad_ancestor(state, candidate):
         return _refuse(state, command, "was rejected, or descends from a rejected version; force overrides")
-    if state.trial and state.trial.candidate.version == candidate.version:
-        return _refuse(state, command, f"is in {state.trial.phase} already; force overrides the guards")
+    for place in ("shadow", "canary"):
+        if getattr(state.route, place) == candidate.version:
+            return _refuse(state, command, f"is in {place} already; force overrides the guards")
     return moves.wait(state, candidate)
 
 
 def _force(state: VariantState, candidate: Candidate, command: Commanded, world: World) -> Moved:
     changes: tuple[Change, ...] = ()
-    if state.trial and state.trial.candidate.version != candidate.version:
-        decision = Decision("pass", f"{command.actor} forces {candidate.version}")
-        state, changes = moves.supersede_trial(state, decision, actor=command.actor)
+    decision = Decision("pass", f"{command.actor} forces {candidate.version}")
+    if state.canary and state.canary.candidate.version != candidate.version:
+        state, changes = moves.supersede_canary(state, state.canary, decision, actor=command.actor)
+    if state.shadow and state.shadow.candidate.version != candidate.version:
+        state, further = moves.supersede_shadow(state, state.shadow, decision, actor=command.actor)
+        changes += further
+    state = moves.without_canary(state)
     pardoned = tuple(name for name in state.bad if name != candidate.version)
     state, started = moves.start(replace(state, bad=pardoned), candidate, world, command)
     return state, changes + started
@@ -50,8 +55,10 @@ def _roll_back(state: VariantState, command: Commanded) -> Moved:
     decision = Decision("fail", f"rollback: {command.reason}")
     if version == route.stable and version != route.previous:
         return moves.roll_back(state, decision, actor=command.actor)
-    if state.trial and state.trial.candidate.version == version:
-        return moves.end_trial(state, decision, actor=command.actor)
+    if state.canary and state.canary.candidate.version == version:
+        return moves.end_canary(state, state.canary, decision, actor=command.actor)
+    if state.shadow and state.shadow.candidate.version == version:
+        return moves.end_shadow(state, state.shadow, decision, actor=command.actor)
     if state.waiting and state.waiting.version == version:
         return moves.reject(replace(state, waiting=None), version, decision, actor=command.actor)
     return _refuse(state, command, "is neither a stable with a predecessor nor on trial")

@@ -247,8 +247,11 @@ def reconcile(
         state = variants.get(member.variant, fresh)
         if state.route.base_version != fresh.route.base_version:
             state = fresh
-        decoding = {"base": member.base, "temperature": member.temperature, "top_p": member.top_p}
-        result[member.variant] = replace(state, route=replace(state.route, **decoding))
+        route = replace(state.route, base=member.base, temperature=member.temperature, top_p=member.top_p)
+        # a trial that an older program saved in another form is not known here: its version leaves the route
+        route = route if state.shadow else replace(route, shadow="")
+        route = route if state.canary else replace(route, canary="", canary_ratio=0.0)
+        result[member.variant] = replace(state, route=route)
     return result
 
 

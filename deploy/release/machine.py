@@ -1,8 +1,9 @@
 """The pure state machine of one variant: (state, input, world) → (state, changes). No clock, no I/O.
 
-``advance`` takes one input and then lets everything move that may: probation ends or falls back, the trial
-moves on, the waiting version gets its turn. ``stable`` only ever becomes a version that every replica held
-at that moment, a predecessor that was stable, or the base.
+``advance`` takes one input and then lets everything move that may: probation ends or falls back, the canary is decided
+or makes room, the shadow takes its place, the waiting version gets its turn. The next version is loaded and probed
+while users still judge the one before it. ``stable`` only ever becomes a version that every replica held at that
+moment, a predecessor that was stable, or the base.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from deploy.release.evidence import remember
 from deploy.release.guards import Decision, Score, judge_canary, judge_probes, judge_watch, offline_gate
 from deploy.release.moves import Moved
 from deploy.release.state import (
+    Canary,
     Candidate,
     Commanded,
     Input,
@@ -24,7 +26,6 @@ from deploy.release.state import (
     Published,
     Served,
     Stepped,
-    Trial,
     VariantState,
     World,
 )
@@ -50,7 +51,7 @@ def initial(variant: VariantConfig, base_version: str) -> VariantState:
 def advance(state: VariantState, event: Input, world: World, limits: ReleaseConfig) -> Moved:
     """``state`` after ``event``, and the changes to announce, in order."""
     state, changes = _take(state, event, world, limits)
-    for settle in (_settle_watch, _settle_trial, _settle_waiting):
+    for settle in (_settle_watch, _settle_canary, _settle_shadow, _settle_waiting):
         state, further = settle(state, world, limits)
         changes += further
     return state, changes
@@ -58,21 +59,21 @@ def advance(state: VariantState, event: Input, world: World, limits: ReleaseConf
 
 def due_probe(state: VariantState, world: World, limits: ReleaseConfig) -> str:
     """The version whose answers to the probe prompts are wanted now; empty when none."""
-    route, trial, watch = state.route, state.trial, state.watch
+    route, shadow, watch = state.route, state.shadow, state.watch
     ready = world.ready or frozenset()
     if not state.base_probe and route.base_version in ready:
         return route.base_version
-    if trial and trial.phase == "shadow" and not trial.is_forced and trial.candidate.version in ready:
-        return trial.candidate.version
+    if shadow and not (shadow.proof or shadow.is_forced) and shadow.candidate.version in ready:
+        return shadow.candidate.version
     if watch and watch.probes_left and route.stable in ready:
         is_due = world.now_s >= watch.probed_at_s + limits.watch.probe_interval_s
         return route.stable if is_due else ""
     return ""
 
 
-def total(trial: Trial) -> Score:
-    """All users' verdicts on the trial together."""
-    scores = trial.verdicts.values()
+def total(canary: Canary) -> Score:
+    """All users' verdicts on the canary together."""
+    scores = canary.verdicts.values()
     return Score(sum(score.wins for score in scores), sum(score.verdicts for score in scores))
 
 
@@ -111,38 +112,38 @@ def _publish(state: VariantState, candidate: Candidate, limits: ReleaseConfig) -
 
 def _serve(state: VariantState, event: Served) -> VariantState:
     """Evidence counts from the moment at which a version got the role it is judged in."""
-    trial, watch = state.trial, state.watch
+    canary, watch = state.canary, state.watch
     if event.version == state.route.stable and (watch is None or event.seen.at_s >= watch.since_s):
         return replace(state, window=remember(state.window, event.seen))
-    if trial and _was_canary(trial, event.version, event.seen.at_s):
-        return replace(state, trial=replace(trial, window=remember(trial.window, event.seen)))
+    if canary and canary.candidate.version == event.version and event.seen.at_s >= canary.since_s:
+        return replace(state, canary=replace(canary, window=remember(canary.window, event.seen)))
     return state
 
 
 def _judge(state: VariantState, event: Judged, limits: ReleaseConfig) -> VariantState:
-    trial = state.trial
-    if trial is None or {event.winner, event.loser} != {trial.candidate.version, state.route.stable}:
+    canary = state.canary
+    if canary is None or {event.winner, event.loser} != {canary.candidate.version, state.route.stable}:
         return state
-    score = trial.verdicts.get(event.user, Score())
-    is_late = not _was_canary(trial, trial.candidate.version, event.shown_at_s)
-    if is_late or score.verdicts >= limits.canary.max_verdicts_per_user:
+    score = canary.verdicts.get(event.user, Score())
+    if event.shown_at_s < canary.since_s or score.verdicts >= limits.canary.max_verdicts_per_user:
         return state
-    won = 0.5 if event.is_tie else float(event.winner == trial.candidate.version)
-    verdicts = trial.verdicts | {event.user: Score(score.wins + won, score.verdicts + 1)}
-    return replace(state, trial=replace(trial, verdicts=verdicts))
+    won = 0.5 if event.is_tie else float(event.winner == canary.candidate.version)
+    verdicts = canary.verdicts | {event.user: Score(score.wins + won, score.verdicts + 1)}
+    return replace(state, canary=replace(canary, verdicts=verdicts))
 
 
 def _probe(state: VariantState, event: Probed, world: World, limits: ReleaseConfig) -> Moved:
-    """The base's answers become the yardstick; a shadow passes by them, a forced stable is checked by them."""
-    route, trial, watch = state.route, state.trial, state.watch
+    """The base's answers become the yardstick; a shadow is proven by them, a forced stable is checked by them."""
+    route, shadow, watch = state.route, state.shadow, state.watch
     if event.version == route.base_version and not state.base_probe:
         state = replace(state, base_probe=event.window)
     decision = judge_probes(event.window, state.base_probe, limits.text)
-    is_shadow = trial is not None and trial.phase == "shadow" and trial.candidate.version == event.version
-    if trial and is_shadow and state.base_probe and _is_ready(world, event.version):
+    is_shadow = shadow is not None and shadow.candidate.version == event.version
+    if shadow and is_shadow and state.base_probe and _is_ready(world, event.version):
         if decision.action == "fail":
-            return moves.end_trial(state, decision)
-        return moves.show(state, trial, decision, world, limits) if decision.action == "pass" else (state, ())
+            return moves.end_shadow(state, shadow, decision)
+        proof = decision if decision.action == "pass" else None
+        return replace(state, shadow=replace(shadow, proof=proof)), ()
     if watch and watch.probes_left and event.version == route.stable:
         if decision.action == "fail":
             return moves.roll_back(state, decision)
@@ -162,50 +163,55 @@ def _settle_watch(state: VariantState, world: World, limits: ReleaseConfig) -> M
     return (replace(state, watch=None) if decision.action == "pass" else state), ()
 
 
-def _settle_trial(state: VariantState, world: World, limits: ReleaseConfig) -> Moved:
-    if state.trial is None:
+def _settle_canary(state: VariantState, world: World, limits: ReleaseConfig) -> Moved:
+    """Decided by its answers and verdicts, or else it makes room for a shadow that is proven, after its time."""
+    canary, shadow = state.canary, state.shadow
+    if canary is None:
         return state, ()
-    settle = _settle_shadow if state.trial.phase == "shadow" else _settle_canary
-    return settle(state, state.trial, world, limits)
-
-
-def _settle_shadow(state: VariantState, trial: Trial, world: World, limits: ReleaseConfig) -> Moved:
-    """Load everywhere, then be probed. Time without replicas is nobody's fault and does not count."""
-    now_s, shadow = world.now_s, limits.shadow
-    if world.ready is None:
-        return replace(state, trial=replace(trial, since_s=now_s, ready_since_s=None)), ()
-    if trial.candidate.version not in world.ready:
-        if now_s - trial.since_s > shadow.load_timeout_s:
-            reason = f"shadow: not ready on every replica within {shadow.load_timeout_s:.0f} s"
-            return moves.end_trial(state, Decision("fail", reason))
-        return replace(state, trial=replace(trial, ready_since_s=None)), ()
-    if trial.is_forced:
-        return moves.promote(state, trial, Decision("pass", f"forced: {trial.reason}"), world, limits)
-    since_s = now_s if trial.ready_since_s is None else trial.ready_since_s
-    if now_s - since_s > shadow.probe_timeout_s:
-        reason = f"shadow: probes were not answered within {shadow.probe_timeout_s:.0f} s"
-        return moves.end_trial(state, Decision("fail", reason))
-    return replace(state, trial=replace(trial, ready_since_s=since_s)), ()
-
-
-def _settle_canary(state: VariantState, trial: Trial, world: World, limits: ReleaseConfig) -> Moved:
-    version, age_s, canary = trial.candidate.version, world.now_s - trial.since_s, limits.canary
-    quiet_s = world.now_s - max(trial.since_s, world.asked_s)
-    decision = judge_canary(trial.window, state.window, total(trial), trial.candidate.metrics, limits, quiet_s)
+    age_s, quiet_s = world.now_s - canary.since_s, world.now_s - max(canary.since_s, world.asked_s)
+    decision = judge_canary(canary.window, state.window, total(canary), canary.candidate.metrics, limits, quiet_s)
     if decision.action == "fail":
-        return moves.end_trial(state, decision)
-    if decision.action == "pass" and _is_ready(world, version):
-        return moves.promote(state, trial, decision, world, limits)
-    hold_s, waiting = _hold_s(state.undecided, canary), state.waiting
-    is_deserted = quiet_s >= max(canary.quiet_s, hold_s / 2)  # waiting longer brings no evidence
-    if waiting and (age_s >= hold_s or is_deserted):
+        return moves.end_canary(state, canary, decision)
+    if decision.action == "pass" and _is_ready(world, canary.candidate.version):
+        return moves.promote(state, canary, decision, world, limits)
+    hold_s = _hold_s(state.undecided, limits.canary)
+    is_deserted = quiet_s >= max(limits.canary.quiet_s, hold_s / 2)  # waiting longer brings no evidence
+    if shadow and shadow.proof and _is_ready(world, shadow.candidate.version) and (age_s >= hold_s or is_deserted):
         state = replace(state, undecided=state.undecided + 1)
-        why = f"{waiting.version} is newer; {decision.reason}"
-    elif age_s >= canary.max_s:
-        why = f"no proof within {canary.max_s:.0f} s, its traffic goes back to stable; {decision.reason}"
+        why = f"{shadow.candidate.version} is newer; {decision.reason}"
+    elif age_s >= limits.canary.max_s:
+        why = f"no proof within {limits.canary.max_s:.0f} s, its traffic goes back to stable; {decision.reason}"
     else:
         return state, ()
-    return moves.supersede_trial(state, Decision("wait", why, decision.evidence))
+    return moves.supersede_canary(state, canary, Decision("wait", why, decision.evidence))
+
+
+def _settle_shadow(state: VariantState, world: World, limits: ReleaseConfig) -> Moved:
+    """Load everywhere, be probed, take the canary's place. Time without replicas is nobody's fault: not counted."""
+    shadow, now_s = state.shadow, world.now_s
+    if shadow is None:
+        return state, ()
+    if world.ready is None:
+        return replace(state, shadow=replace(shadow, since_s=now_s, ready_since_s=None)), ()
+    version = shadow.candidate.version
+    if version not in world.ready:
+        since_s = now_s if shadow.ready_since_s is not None else shadow.since_s  # held once: it is loaded anew
+        if now_s - since_s > limits.shadow.load_timeout_s:
+            reason = f"shadow: not ready on every replica within {limits.shadow.load_timeout_s:.0f} s"
+            return moves.end_shadow(state, shadow, Decision("fail", reason))
+        return replace(state, shadow=replace(shadow, since_s=since_s, ready_since_s=None)), ()
+    if shadow.is_forced:
+        return moves.force(state, shadow, Decision("pass", f"forced: {shadow.reason}"), world, limits)
+    if shadow.proof and state.canary is None:
+        return moves.show(state, shadow, shadow.proof, world, limits)
+    if shadow.proof and state.waiting:
+        decision = Decision("wait", f"{state.waiting.version} is newer; it waited for the canary's place")
+        return moves.supersede_shadow(state, shadow, decision)
+    since_s = now_s if shadow.ready_since_s is None else shadow.ready_since_s
+    if not shadow.proof and now_s - since_s > limits.shadow.probe_timeout_s:
+        reason = f"shadow: probes were not answered within {limits.shadow.probe_timeout_s:.0f} s"
+        return moves.end_shadow(state, shadow, Decision("fail", reason))
+    return replace(state, shadow=replace(shadow, ready_since_s=since_s)), ()
 
 
 def _hold_s(undecided: int, limits: CanaryConfig) -> float:
@@ -214,13 +220,9 @@ def _hold_s(undecided: int, limits: CanaryConfig) -> float:
 
 
 def _settle_waiting(state: VariantState, world: World, _: ReleaseConfig) -> Moved:
-    if state.trial or state.waiting is None:
+    if state.shadow or state.waiting is None:
         return state, ()
     return moves.start(state, state.waiting, world)
-
-
-def _was_canary(trial: Trial, version: str, at_s: float) -> bool:
-    return trial.phase == "canary" and trial.candidate.version == version and at_s >= trial.since_s
 
 
 def _is_ready(world: World, version: str) -> bool:

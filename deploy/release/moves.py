@@ -9,7 +9,17 @@ from msgspec.structs import replace
 
 from deploy.release.config import ReleaseConfig
 from deploy.release.guards import Decision
-from deploy.release.state import Candidate, Change, ChangeState, Commanded, Trial, VariantState, Watch, World
+from deploy.release.state import (
+    Canary,
+    Candidate,
+    Change,
+    ChangeState,
+    Commanded,
+    Shadow,
+    VariantState,
+    Watch,
+    World,
+)
 
 KNOWN = 64  # published versions remembered per variant
 Moved = tuple[VariantState, tuple[Change, ...]]
@@ -32,42 +42,51 @@ def wait(state: VariantState, candidate: Candidate, changes: tuple[Change, ...] 
 
 
 def start(state: VariantState, candidate: Candidate, world: World, command: Commanded | None = None) -> Moved:
-    """Load a version on every replica, out of users' sight."""
-    trial = Trial(candidate=candidate, since_s=world.now_s)
+    """Load a version on every replica, out of users' sight; a canary stays beside it."""
+    shadow = Shadow(candidate=candidate, since_s=world.now_s)
     reason = "loading on every replica"
     if command:
-        trial = replace(trial, is_forced=command.force, actor=command.actor, reason=command.reason)
+        shadow = replace(shadow, is_forced=command.force, actor=command.actor, reason=command.reason)
         reason = f"{command.command}: {command.reason}"
     waiting = None if state.waiting and state.waiting.version == candidate.version else state.waiting
-    route = replace(state.route, shadow=candidate.version, canary="", canary_ratio=0.0)
-    state = replace(state, route=route, trial=trial, waiting=waiting)
-    return state, (change(state, candidate.version, "shadow", reason, actor=trial.actor),)
+    route = replace(state.route, shadow=candidate.version)
+    state = replace(state, route=route, shadow=shadow, waiting=waiting)
+    return state, (change(state, candidate.version, "shadow", reason, actor=shadow.actor),)
 
 
-def show(state: VariantState, trial: Trial, decision: Decision, world: World, limits: ReleaseConfig) -> Moved:
+def show(state: VariantState, shadow: Shadow, decision: Decision, world: World, limits: ReleaseConfig) -> Moved:
     """From shadow to canary: a share of users gets the version's answers."""
-    version = trial.candidate.version
-    route = replace(state.route, shadow="", canary=version, canary_ratio=limits.canary.ratio)
-    trial = replace(trial, phase="canary", since_s=world.now_s, window=(), verdicts={})
-    return _live(replace(state, route=route, trial=trial), version, "canary", decision)
+    candidate = shadow.candidate
+    state = without_shadow(state)
+    route = replace(state.route, canary=candidate.version, canary_ratio=limits.canary.ratio)
+    canary = Canary(candidate=candidate, since_s=world.now_s)
+    return _live(replace(state, route=route, canary=canary), candidate.version, "canary", decision)
 
 
-def promote(state: VariantState, trial: Trial, decision: Decision, world: World, limits: ReleaseConfig) -> Moved:
-    """The trial becomes stable, on probation; what was proven before stays loaded behind it."""
-    route, version = state.route, trial.candidate.version
-    is_fit = _is_fit_to_fall_back_on(state, limits) or (trial.is_forced and not _is_forced(state))
+def promote(state: VariantState, canary: Canary, decision: Decision, world: World, limits: ReleaseConfig) -> Moved:
+    """The canary becomes stable, on probation; what was proven before stays loaded behind it."""
+    watch = Watch(since_s=world.now_s, answers_before=len(canary.window))
+    is_fit = _is_fit_to_fall_back_on(state, limits)
+    state = _become_stable(without_canary(state), canary.candidate.version, watch, is_fit=is_fit)
+    return _live(state, canary.candidate.version, "stable", decision)
+
+
+def force(state: VariantState, shadow: Shadow, decision: Decision, world: World, limits: ReleaseConfig) -> Moved:
+    """The operator's choice becomes stable without having met a user: probed again and again, and watched."""
+    watch = Watch(since_s=world.now_s, is_forced=True, probes_left=limits.watch.forced_probes)
+    is_fit = _is_fit_to_fall_back_on(state, limits) or not _is_forced(state)
+    state = _become_stable(without_shadow(state), shadow.candidate.version, watch, is_fit=is_fit)
+    return _live(state, shadow.candidate.version, "stable", decision, actor=shadow.actor)
+
+
+def _become_stable(state: VariantState, version: str, watch: Watch, *, is_fit: bool) -> VariantState:
+    """``is_fit``: the present stable is what to fall back on, and to be compared with."""
+    route = state.route
     fallback = route.stable if is_fit else route.previous
     previous = fallback if fallback != version else route.base_version
-    watch = Watch(
-        since_s=world.now_s,
-        baseline=state.window if is_fit or state.watch is None else state.watch.baseline,
-        answers_before=len(trial.window),
-        is_forced=trial.is_forced,
-        probes_left=limits.watch.forced_probes if trial.is_forced else 0,
-    )
-    route = replace(route, stable=version, previous=previous, canary="", canary_ratio=0.0, shadow="")
-    state = replace(state, route=route, trial=None, watch=watch, window=(), undecided=0)
-    return _live(state, version, "stable", decision, actor=trial.actor)
+    baseline = state.window if is_fit or state.watch is None else state.watch.baseline
+    route = replace(route, stable=version, previous=previous)
+    return replace(state, route=route, watch=replace(watch, baseline=baseline), window=(), undecided=0)
 
 
 def roll_back(state: VariantState, decision: Decision, actor: str = "controller") -> Moved:
@@ -80,36 +99,52 @@ def roll_back(state: VariantState, decision: Decision, actor: str = "controller"
     return state, changes + further
 
 
-def end_trial(state: VariantState, decision: Decision, actor: str = "controller") -> Moved:
-    """The trial has failed: rolled back if users saw it, else rejected; descendants that wait go with it."""
-    assert state.trial is not None, "only a trial can be ended"
-    version = state.trial.candidate.version
-    name: ChangeState = "rolled_back" if state.trial.phase == "canary" else "rejected"
-    undecided = 0 if state.trial.phase == "canary" else state.undecided
-    state = mark_bad(replace(without_trial(state), undecided=undecided), version)
+def end_canary(state: VariantState, canary: Canary, decision: Decision, actor: str = "controller") -> Moved:
+    """The canary has failed before users' eyes; its descendants go with it."""
+    state = replace(without_canary(state), undecided=0)
+    return _end(state, canary.candidate.version, "rolled_back", decision, actor)
+
+
+def end_shadow(state: VariantState, shadow: Shadow, decision: Decision, actor: str = "controller") -> Moved:
+    """The shadow has failed, and no user met it; its descendants go with it."""
+    return _end(without_shadow(state), shadow.candidate.version, "rejected", decision, actor)
+
+
+def _end(state: VariantState, version: str, name: ChangeState, decision: Decision, actor: str) -> Moved:
+    state = mark_bad(state, version)
     ended = change(state, version, name, decision.reason, actor=actor, evidence=decision.evidence)
     state, further = _drop_descendants(state)
     return state, (ended, *further)
 
 
-def supersede_trial(state: VariantState, decision: Decision, actor: str = "controller") -> Moved:
-    """The trial makes room; nothing is held against it."""
-    assert state.trial is not None, "only a trial can be superseded"
-    version = state.trial.candidate.version
-    state = without_trial(state)
+def supersede_canary(state: VariantState, canary: Canary, decision: Decision, actor: str = "controller") -> Moved:
+    """The canary makes room; nothing is held against it."""
+    return _supersede(without_canary(state), canary.candidate.version, decision, actor)
+
+
+def supersede_shadow(state: VariantState, shadow: Shadow, decision: Decision, actor: str = "controller") -> Moved:
+    """The shadow makes room; nothing is held against it."""
+    return _supersede(without_shadow(state), shadow.candidate.version, decision, actor)
+
+
+def _supersede(state: VariantState, version: str, decision: Decision, actor: str) -> Moved:
     reason, evidence = decision.reason, decision.evidence
     return state, (change(state, version, "superseded", reason, actor=actor, evidence=evidence),)
 
 
 def reject(state: VariantState, version: str, decision: Decision, actor: str = "controller") -> Moved:
-    """A version that is not on trial never will be, unless an operator forces it."""
+    """A version that nobody has tried yet never will be, unless an operator forces it."""
     state = mark_bad(state, version)
     evidence = decision.evidence
     return state, (change(state, version, "rejected", decision.reason, actor=actor, evidence=evidence),)
 
 
-def without_trial(state: VariantState) -> VariantState:
-    return replace(state, trial=None, route=replace(state.route, shadow="", canary="", canary_ratio=0.0))
+def without_canary(state: VariantState) -> VariantState:
+    return replace(state, canary=None, route=replace(state.route, canary="", canary_ratio=0.0))
+
+
+def without_shadow(state: VariantState) -> VariantState:
+    return replace(state, shadow=None, route=replace(state.route, shadow=""))
 
 
 def mark_bad(state: VariantState, version: str) -> VariantState:
@@ -165,16 +200,14 @@ def _is_forced(state: VariantState) -> bool:
 
 
 def _drop_descendants(state: VariantState) -> Moved:
-    changes: tuple[Change, ...] = ()
-    trial, waiting = state.trial, state.waiting
-    if trial and not trial.is_forced and (bad := bad_ancestor(state, trial.candidate)):
-        state, further = end_trial(state, Decision("fail", f"descends from {bad}"))
-        changes += further
-    elif waiting and (bad := bad_ancestor(state, waiting)):
-        decision = Decision("fail", f"descends from {bad}")
-        state, further = reject(replace(state, waiting=None), waiting.version, decision)
-        changes += further
-    return state, changes
+    canary, shadow, waiting = state.canary, state.shadow, state.waiting
+    if canary and (bad := bad_ancestor(state, canary.candidate)):
+        return end_canary(state, canary, Decision("fail", f"descends from {bad}"))
+    if shadow and not shadow.is_forced and (bad := bad_ancestor(state, shadow.candidate)):
+        return end_shadow(state, shadow, Decision("fail", f"descends from {bad}"))
+    if waiting and (bad := bad_ancestor(state, waiting)):
+        return reject(replace(state, waiting=None), waiting.version, Decision("fail", f"descends from {bad}"))
+    return state, ()
 
 
 def _lineage(state: VariantState, candidate: Candidate) -> list[str]:

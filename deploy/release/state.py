@@ -1,7 +1,8 @@
 """What the release controller knows, and what it can be told: frozen records, JSON in Redis.
 
-A variant has one version to fall back on (``previous``), one that answers (``stable``), at most one on trial
-(shadow, then canary) and at most one that waits. The base version is always there to fall back to.
+A variant has one version to fall back on (``previous``), one that answers (``stable``), at most one that is judged
+(``canary``), one that is loaded and probed beside it (``shadow``), and one that waits. The base version is always there
+to fall back to.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Literal
 import msgspec
 
 from deploy.release.evidence import Observation
-from deploy.release.guards import Score
+from deploy.release.guards import Decision, Score
 from telemetry.routing import VariantRoute
 
 Window = tuple[Observation, ...]
@@ -29,17 +30,24 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     traces: tuple[tuple[str, str], ...] = ()  # (trace id, span id) of the verdicts, to tell them it is live
 
 
-class Trial(msgspec.Struct, frozen=True, kw_only=True):
-    """The version between publication and stable."""
+class Shadow(msgspec.Struct, frozen=True, kw_only=True):
+    """A version that is loaded and probed, out of users' sight."""
 
     candidate: Candidate
-    phase: Literal["shadow", "canary"] = "shadow"
-    since_s: float  # when the phase began
+    since_s: float
     ready_since_s: float | None = None  # when every replica held it
+    proof: Decision | None = None  # its probes were healthy: it only waits for the canary's place
     is_forced: bool = False
     actor: str = "controller"
     reason: str = ""
-    window: Window = ()  # live answers as canary
+
+
+class Canary(msgspec.Struct, frozen=True, kw_only=True):
+    """A version that a share of users meets, and judges."""
+
+    candidate: Candidate
+    since_s: float
+    window: Window = ()  # its live answers
     verdicts: dict[str, Score] = {}  # user → canary against stable
 
 
@@ -58,7 +66,8 @@ class VariantState(msgspec.Struct, frozen=True, kw_only=True):
     """Everything about one variant."""
 
     route: VariantRoute
-    trial: Trial | None = None
+    shadow: Shadow | None = None
+    canary: Canary | None = None
     waiting: Candidate | None = None
     watch: Watch | None = None
     window: Window = ()  # stable's latest live answers

@@ -176,7 +176,7 @@ def wrk(url: str, body: dict[str, Any], folder: Path) -> float:
     lines += ['wrk.headers["Content-Type"] = "application/json"', f'wrk.headers["Authorization"] = "Bearer {KEY}"']
     script.write_text("\n".join(lines))
     command = ["taskset", "-c", OTHER_CORE, "wrk", "-t1", f"-c{CONNECTIONS}", f"-d{ROUND_S}s", "-s", str(script)]
-    out = subprocess.run([*command, f"{url}/v1/chat/completions"], capture_output=True, text=True, check=True).stdout
+    out = subprocess.run([*command, url], capture_output=True, text=True, check=True).stdout
     if "Non-2xx" in out or "Socket errors" in out:
         raise RuntimeError(f"{url}: {out}")
     found = re.search(r"Requests/sec:\s+([\d.]+)", out)
@@ -219,7 +219,7 @@ async def measure(ours: Gateway, theirs: Gateway, upstream: str, folder: Path) -
     for _ in range(ROUNDS):
         for name, (gateway, other, body) in cases.items():
             with gateway.alone(other):
-                rates[name].append(wrk(gateway.url, body, folder))
+                rates[name].append(wrk(f"{gateway.url}/v1/chat/completions", body, folder))
     middle = {name: statistics.median(values) for name, values in rates.items()}
     half = middle["ours"] / 2
     through, direct = [], []

@@ -1,8 +1,8 @@
 """Four times more than the stack can answer, for two minutes: ``make bench-overload``.
 
-Ray Serve over the tiny model, the router, a Redis that syncs every write, all on the same cores as the load. First the
-most that clients in a circle get answered, then the latency at a quarter of that, then four times that on an open loop:
-requests are sent on time whether or not the earlier ones are back.
+Ray Serve over the tiny model on one core; the router, a Redis that syncs every write, and the load on another. First
+the most that clients in a circle get answered, then the latency at a quarter of that, then four times that on an open
+loop: requests are sent on time whether or not the earlier ones are back.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import os
 import tempfile
 import time
 from pathlib import Path
@@ -22,6 +23,8 @@ from tests.bench.fleet import Fleet, fleet
 from tests.bench.raw_http import Answer, RawClient, open_loop
 
 SERVING = {"threads": 1, "slots": 2, "max_context": 512, "max_batch": 16}
+ROUTER = {"min_in_flight": 16, "patience_s": 0.05}  # nobody waits for a place in the batch
+SERVING_CORE, OTHER_CORE = 0, 1
 CLIENTS, PEAK_S, CALM_S, FLOOD_S = 24, 15.0, 20.0, 120.0
 CALM_SHARE, FLOOD_FACTOR = 0.25, 4.0
 BODY = {"model": "chat", "messages": [{"role": "user", "content": "How do I keep basil alive?"}], "max_tokens": 16}
@@ -76,7 +79,11 @@ async def measure(running: Fleet) -> list[dict[str, Any]]:
 
 
 async def main() -> None:
-    with tempfile.TemporaryDirectory(prefix="tiebreak-overload-") as name, fleet(SERVING, Path(name)) as running:
+    os.sched_setaffinity(0, {OTHER_CORE})
+    with (
+        tempfile.TemporaryDirectory(prefix="tiebreak-overload-") as name,
+        fleet(SERVING, Path(name), router=ROUTER, cores=(SERVING_CORE, OTHER_CORE)) as running,
+    ):
         await running.started()
         record.save("overload", "make bench-overload", await measure(running))
 

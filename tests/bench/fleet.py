@@ -82,11 +82,13 @@ async def until(condition: Callable[[], bool], what: str, limit_s: float) -> Non
 
 
 @contextmanager
-def program(module: str, config: Path, log: Path) -> Iterator[int]:
-    """``python -m module``; its process id."""
+def program(module: str, config: Path, log: Path, core: int | None) -> Iterator[int]:
+    """``python -m module``, on one core if that is given; its process id."""
+    pinned = [] if core is None else ["taskset", "-c", str(core)]
+    command = [*pinned, sys.executable, "-m", module, "--config", str(config)]
     with log.open("wb") as out:
         running = subprocess.Popen(
-            [sys.executable, "-m", module, "--config", str(config)], stdout=out, stderr=out, preexec_fn=child_setup(),
+            command, stdout=out, stderr=out, preexec_fn=child_setup(),
             env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0"},
         )  # fmt: skip
     try:
@@ -97,10 +99,17 @@ def program(module: str, config: Path, log: Path) -> Iterator[int]:
 
 
 @contextmanager
-def fleet(serving: dict[str, Any], folder: Path) -> Iterator[Fleet]:
+def fleet(
+    serving: dict[str, Any],
+    folder: Path,
+    *,
+    router: dict[str, Any] | None = None,
+    cores: tuple[int | None, int | None] = (None, None),
+) -> Iterator[Fleet]:
     """Redis, serving and router; ``VERSIONS`` versions are published, none is loaded.
 
-    ``serving`` is the table of the one base: without a ``model`` the tiny random one answers.
+    ``serving`` is the table of the one base: without a ``model`` the tiny random one answers. ``cores`` are those of
+    serving and of the router.
     """
     state, port = folder / "state", free_port()
     if "model" in serving:
@@ -119,7 +128,7 @@ def fleet(serving: dict[str, Any], folder: Path) -> Iterator[Fleet]:
         "stack": {"host": "127.0.0.1", "port": port},
         "telemetry": {"state": str(state), "redis_url": server.url},
         "serving": {"bases": {"base": serving | {"model": str(model)}}},
-        "router": {},
+        "router": router or {},
     }
     config.write_bytes(tomli_w.dumps(document).encode())
     url = f"http://127.0.0.1:{port}"
@@ -128,10 +137,10 @@ def fleet(serving: dict[str, Any], folder: Path) -> Iterator[Fleet]:
         running.route(running.base_version, running.base_version)
         try:
             with (
-                program("serving", config, folder / "serving.log"),
-                program("router", config, folder / "router.log") as router,
+                program("serving", config, folder / "serving.log", cores[0]),
+                program("router", config, folder / "router.log", cores[1]) as router_pid,
             ):
-                running.router_pid = router
+                running.router_pid = router_pid
                 yield running
         finally:
             server.kill()

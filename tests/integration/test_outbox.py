@@ -131,6 +131,23 @@ def test_one_outbox_folder_serves_one_process(
         OutboxLog(open_log(telemetry_config), tmp_path / "outbox")
 
 
+def test_what_a_worker_left_that_is_no_more_is_sent_by_another(
+    telemetry_config: TelemetryConfig, downtime: RedisServer, tmp_path: Path
+) -> None:
+    gone, used = (OutboxLog(open_log(telemetry_config), tmp_path / name) for name in ("gone", "used"))
+    for outbox in (gone, used):
+        assert outbox.append(TOPIC, "k", b"acknowledged").result(timeout=20).where == "outbox"
+    gone.close()
+    downtime.start()
+    heir = OutboxLog(open_log(telemetry_config), tmp_path / "heir", adopt=[tmp_path / "gone", tmp_path / "used"])
+    wait_for(lambda: heir.pending == 0 and used.pending == 0, "sent")
+    assert not list((tmp_path / "gone").glob("*.segment"))
+    found = payloads(heir)
+    heir.close()
+    used.close()
+    assert found == [b"acknowledged"] * 2, "each once: a folder in use is left alone"
+
+
 def test_closing_during_an_outage_keeps_what_is_not_sent(
     telemetry_config: TelemetryConfig, downtime: RedisServer, tmp_path: Path
 ) -> None:

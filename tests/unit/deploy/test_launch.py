@@ -12,7 +12,7 @@ from msgspec.structs import replace
 from deploy import config
 from deploy.config import Deployment, StackConfig
 from deploy.launch import CannotStart, check, only_one
-from deploy.programs import programs
+from deploy.programs import empty_shared_metrics, programs
 
 
 @pytest.fixture
@@ -90,6 +90,19 @@ def test_every_process_reads_the_resolved_configuration_and_says_its_threads(dep
             assert program.command[-2:] == ("--config", str(deployment.config_path))
             assert int(program.environ["OMP_NUM_THREADS"]) >= 1
     assert started["trainer"].nice > started["serving"].nice
+
+
+def test_each_of_the_routers_workers_is_a_process_and_they_count_in_one_folder(deployment: Deployment) -> None:
+    several = replace(deployment, document={**deployment.document, "router": {"workers": 3}})
+    routers = {p.name: p for p in programs(several) if p.name.startswith("router")}
+    assert {name: program.command[-2:] for name, program in routers.items()} == {
+        "router": ("--worker", "1"), "router-2": ("--worker", "2"), "router-3": ("--worker", "3"),
+    }  # fmt: skip
+    [folder] = {program.environ["PROMETHEUS_MULTIPROC_DIR"] for program in routers.values()}
+    empty_shared_metrics(several)
+    (Path(folder) / "counter_1.db").touch()
+    empty_shared_metrics(several)
+    assert list(Path(folder).iterdir()) == []
 
 
 def test_the_private_redis_syncs_every_write_and_listens_on_no_port(deployment: Deployment) -> None:

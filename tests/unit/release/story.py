@@ -73,14 +73,19 @@ class Story:
         word = "promote" if name == "promote" else "rollback"
         self.take(Commanded(word, version, force=force, actor="ann", reason="because"))
 
-    def to_canary(self, version: str, parent: str = BASE, metrics: dict[str, float] | None = None) -> None:
-        """Publish, load and probe."""
+    def prove(self, version: str, parent: str = BASE, metrics: dict[str, float] | None = None) -> None:
+        """Publish, load and probe: a shadow that waits for the canary's place, or a canary at once where it is free."""
         held = self.ready or frozenset()
         if not self.state.base_probe:
             self.probe(BASE)
         self.publish(version, parent, metrics)
         self.load(*held, version)
         self.probe(version)
+
+    def to_canary(self, version: str, parent: str = BASE, metrics: dict[str, float] | None = None) -> None:
+        """Prove a version whose place is free."""
+        self.prove(version, parent, metrics)
+        assert self.state.route.canary == version
 
     def to_stable(self, version: str, parent: str = BASE) -> None:
         """All the way, on the least evidence that suffices."""

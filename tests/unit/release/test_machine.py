@@ -11,6 +11,7 @@ from msgspec.structs import replace
 
 from deploy.release.machine import advance, due_probe
 from deploy.release.state import (
+    Canary,
     Candidate,
     Commanded,
     Input,
@@ -18,6 +19,7 @@ from deploy.release.state import (
     Probed,
     Published,
     Served,
+    Shadow,
     Stepped,
     Tick,
     VariantState,
@@ -200,15 +202,15 @@ def test_one_user_cannot_decide_alone_for_ever() -> None:
     story = Story()
     story.to_canary(V1)
     story.judge(V1, BASE, times=100, user="fan")
-    assert story.state.trial is not None
-    assert story.state.trial.verdicts["fan"].verdicts == LIMITS.canary.max_verdicts_per_user
+    assert story.state.canary is not None
+    assert story.state.canary.verdicts["fan"].verdicts == LIMITS.canary.max_verdicts_per_user
 
 
 def test_verdicts_on_pairs_shown_before_the_canary_do_not_count() -> None:
     story = Story()
     story.to_canary(V1)
     story.take(Judged("u1", V1, BASE, False, story.now_s - 1.0))
-    assert story.state.trial is not None and not story.state.trial.verdicts
+    assert story.state.canary is not None and not story.state.canary.verdicts
 
 
 def test_two_failed_answers_end_a_canary_while_stable_has_none() -> None:
@@ -291,31 +293,95 @@ def test_nothing_falls_back_on_a_forced_version_before_its_probation_is_over() -
 
 def test_the_newest_of_several_that_wait_wins() -> None:
     story = Story()
-    story.to_canary(V1)
+    story.publish(V1)
     story.publish(V2, V1)
     story.publish(V3, V2)
     assert story.moves[-2:] == [(V3, "gated"), (V2, "superseded")]
-    assert (story.state.route.canary, story.state.waiting and story.state.waiting.version) == (V1, V3)
+    assert (story.state.route.shadow, story.state.waiting and story.state.waiting.version) == (V1, V3)
+
+
+def test_the_next_version_is_loaded_and_probed_while_users_judge_the_one_before_it() -> None:
+    story = Story()
+    story.to_canary(V1)
+    story.prove(V2, V1)
+    assert (story.state.route.canary, story.state.route.shadow) == (V1, V2)
+    assert due_probe(story.state, World(story.now_s, story.ready), LIMITS) == "", "once is enough"
+    story.serve(V1, times=6)
+    story.judge(V1, BASE, times=4)
+    assert story.moves[-2:] == [(V1, "stable"), (V2, "canary")]
+
+
+def test_a_proven_shadow_makes_room_for_a_newer_version_while_the_canary_stays() -> None:
+    story = Story()
+    story.to_canary(V1)
+    story.prove(V2, V1)
+    story.publish(V3, V2)
+    assert story.moves[-2:] == [(V2, "superseded"), (V3, "shadow")]
+    assert (story.state.route.canary, story.state.waiting) == (V1, None)
+
+
+def test_a_version_that_fails_its_probes_does_not_push_a_canary_aside() -> None:
+    story = Story()
+    story.to_canary(V1, metrics=UNJUDGED)
+    story.publish(V2, V1)
+    story.wait(LIMITS.canary.hold_s + 1)
+    assert story.state.route.canary == V1, "nothing that is proven waits"
+    story.load(V1, V2)
+    story.probe(V2, GIBBERISH)
+    assert (story.state.route.canary, story.moves[-1]) == (V1, (V2, "rejected"))
+
+
+def test_a_proven_shadow_that_a_replica_lost_has_the_whole_time_to_be_loaded_again() -> None:
+    story = Story()
+    story.state = replace(story.state, undecided=10_000)
+    story.to_canary(V1, metrics=UNJUDGED)
+    story.prove(V2, V1)
+    story.now_s += LIMITS.shadow.load_timeout_s + 10.0
+    story.load(V1)
+    story.wait(LIMITS.shadow.load_timeout_s - 1)
+    assert (story.state.route.canary, story.state.route.shadow) == (V1, V2)
+    story.wait(2)
+    assert (story.state.route.canary, story.moves[-1]) == (V1, (V2, "rejected"))
+
+
+def test_a_canary_that_fails_takes_its_proven_descendant_along() -> None:
+    story = Story()
+    story.to_canary(V1)
+    story.prove(V2, V1)
+    story.serve(V1, times=6)
+    story.judge(BASE, V1, times=6)
+    assert story.moves[-2:] == [(V1, "rolled_back"), (V2, "rejected")]
+    assert story.state.route.wanted() == ()
+
+
+def test_a_forced_version_supersedes_canary_and_shadow() -> None:
+    story = Story()
+    story.to_canary(V1)
+    story.prove(V2, V1)
+    story.publish(V3, metrics={})
+    story.command("promote", V3, force=True)
+    assert story.moves[-3:] == [(V1, "superseded"), (V2, "superseded"), (V3, "shadow")]
+    story.load(V3)
+    assert (story.state.route.stable, story.state.route.canary, story.state.route.shadow) == (V3, "", "")
 
 
 def test_an_undecided_canary_makes_room_after_its_hold_time() -> None:
     story = Story()
     story.to_canary(V1, metrics=UNJUDGED)
-    story.publish(V2, V1)
+    story.prove(V2, V1)
     story.wait(LIMITS.canary.hold_s - 1)
     assert story.state.route.canary == V1
     story.wait(2)
-    assert story.moves[-2:] == [(V1, "superseded"), (V2, "shadow")]
+    assert story.moves[-2:] == [(V1, "superseded"), (V2, "canary")]
 
 
 def test_where_evidence_is_rare_each_canary_stays_twice_as_long_until_one_is_decided() -> None:
     story = Story()
     story.to_canary(V1, metrics=UNJUDGED)
-    story.publish(V2, V1, metrics=UNJUDGED)
+    story.prove(V2, V1, metrics=UNJUDGED)
     story.wait(LIMITS.canary.hold_s + 1)
-    story.load(V1, V2)
-    story.probe(V2)
-    story.publish(V3, V2, metrics=UNJUDGED)
+    assert story.state.route.canary == V2
+    story.prove(V3, V2, metrics=UNJUDGED)
     for _ in range(2):
         story.serve(BASE)
         story.wait(LIMITS.canary.hold_s - 1)
@@ -329,7 +395,7 @@ def test_a_slow_user_is_no_desertion() -> None:
     story = Story()
     story.state = replace(story.state, undecided=3)
     story.to_canary(V1, metrics=UNJUDGED)
-    story.publish(V2, V1)
+    story.prove(V2, V1)
     for _ in range(4):
         story.wait(25)
         story.serve(V1)
@@ -351,14 +417,14 @@ def test_the_hold_time_stops_growing() -> None:
     story = Story()
     story.state = replace(story.state, undecided=10_000)
     story.to_canary(V1, metrics=UNJUDGED)
-    story.publish(V2, V1)
+    story.prove(V2, V1)
     for _ in range(10):
         story.serve(BASE)
         story.wait(LIMITS.canary.longest_hold_s / 10 - 0.1)
     assert story.state.route.canary == V1
     story.serve(BASE)
     story.wait(2)
-    assert story.moves[-2:] == [(V1, "superseded"), (V2, "shadow")]
+    assert story.moves[-2:] == [(V1, "superseded"), (V2, "canary")]
 
 
 def test_a_canary_that_nobody_asks_makes_room_after_half_its_time() -> None:
@@ -366,9 +432,9 @@ def test_a_canary_that_nobody_asks_makes_room_after_half_its_time() -> None:
     story.state = replace(story.state, undecided=10_000)
     story.to_canary(V1, metrics=UNJUDGED)
     story.serve(V1)
-    story.publish(V2, V1)
+    story.prove(V2, V1)
     story.wait(LIMITS.canary.longest_hold_s / 2 + 1)
-    assert story.moves[-2:] == [(V1, "superseded"), (V2, "shadow")]
+    assert story.moves[-2:] == [(V1, "superseded"), (V2, "canary")]
 
 
 def test_a_version_that_fails_its_gate_does_not_push_a_canary_aside() -> None:
@@ -446,10 +512,11 @@ def test_a_promotion_without_force_goes_through_the_guards() -> None:
 def test_a_superseded_version_can_be_put_back_in_the_queue() -> None:
     story = Story()
     story.to_canary(V1, metrics=UNJUDGED)
-    story.publish(V2, V1)
+    story.prove(V2, V1)
     story.wait(LIMITS.canary.hold_s + 1)
     story.command("rollback", V2)
     story.command("promote", V1)
+    story.load()
     assert story.state.route.shadow == V1
 
 
@@ -478,12 +545,10 @@ def test_a_live_version_tells_every_verdict_it_learned_from_once_ancestors_inclu
     story.to_canary(V1)
     assert story.changes[-1].traces == (("t1", "s1"),)
     story.take(Stepped((("t2", "s2"),)))
-    story.publish(V2, V1)
+    story.prove(V2, V1)
     story.take(Stepped((("t3", "s3"),)))
-    story.publish(V3, V2)  # V2 is superseded while it waits: its verdicts go live with V3
+    story.prove(V3, V2)  # V2 is superseded while it waits: its verdicts go live with V3
     story.wait(LIMITS.canary.hold_s + 1)
-    story.load(V3)
-    story.probe(V3)
     assert story.moves[-1] == (V3, "canary")
     assert sorted(story.changes[-1].traces) == [("t2", "s2"), ("t3", "s3")]
 
@@ -519,7 +584,7 @@ def test_whatever_happens_stable_was_ready_on_every_replica_when_it_became_stabl
             held = frozenset(draw.sample(versions, draw.randint(0, 8))) | {BASE}
             story.ready = None if draw.random() < 0.2 else held
         stable_before, changes_before = story.state.route.stable, len(story.changes)
-        trial = story.state.trial.candidate.version if story.state.trial else BASE
+        trial = draw.choice([_name(story.state.canary), _name(story.state.shadow)]) or BASE
         story.take(_anything(draw, versions, (trial, story.state.route.stable), story.now_s))
         was_ready |= story.ready or frozenset()
         promoted = [change.version for change in story.changes[changes_before:] if change.state == "stable"]
@@ -527,8 +592,12 @@ def test_whatever_happens_stable_was_ready_on_every_replica_when_it_became_stabl
         route = story.state.route
         assert route.stable in was_ready and route.previous in was_ready
         assert route.stable == stable_before or len(story.changes) > changes_before, "stable moved unannounced"
-        assert len(route.wanted()) <= 3
-        assert not (route.canary and route.shadow), "one trial at a time"
+        assert len(route.wanted()) <= 4
+        assert (route.canary, route.shadow) == (_name(story.state.canary), _name(story.state.shadow))
+
+
+def _name(trial: Canary | Shadow | None) -> str:
+    return trial.candidate.version if trial else ""
 
 
 def _anything(draw: random.Random, versions: list[str], live: tuple[str, str], now_s: float) -> Input:
