@@ -11,7 +11,7 @@ import logging
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Future
 from itertools import islice
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, Final, Literal, TypeVar, cast
 
 import msgspec
 from redis.asyncio import Redis
@@ -127,8 +127,11 @@ class Ledger:
         """The single answer, or None when it is unknown or too old."""
         if waiting := self._memories.get(COMPLETION_KEY + completion_id):
             return waiting
-        payload = await found_soon(lambda: self._redis.get(COMPLETION_KEY + completion_id))
+        payload = await found_soon(lambda: self._kept(completion_id))
         return None if payload is None else msgspec.json.decode(payload, type=RememberedCompletion)
+
+    async def _kept(self, completion_id: str) -> bytes | None:
+        return cast(bytes | None, await self._redis.get(COMPLETION_KEY + completion_id))
 
     async def settled(self) -> None:
         """Wait for what runs in the background now."""
