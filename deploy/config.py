@@ -70,8 +70,10 @@ class Deployment(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def router_workers(self) -> int:
-        """Processes that answer on the one port."""
-        return int(self.document.get("router", {}).get("workers", 1))
+        """Processes that answer on the one port, as they themselves will read it."""
+        from router.config import RouterConfig
+
+        return convert_table(self.document.get("router", {}), "router", RouterConfig).workers
 
     @property
     def has_keys(self) -> bool:

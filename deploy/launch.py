@@ -12,6 +12,7 @@ import fcntl
 import os
 import shutil
 import signal
+import socket
 import sys
 import threading
 import time
@@ -28,7 +29,7 @@ from deploy.status import ProcessStatus, StackStatus, fetch, read_ready, write_s
 from deploy.supervisor import Child, Supervisor
 from router.admission import is_loopback
 from serving.config import ServingConfig
-from serving.errors import ServerAway
+from serving.errors import ServerAway, ServerUnreachable
 from serving.model_server import how_to_start, probe
 from telemetry.configuration import InvalidConfiguration, convert_table
 from telemetry.events import utc_now
@@ -81,7 +82,8 @@ def _check_model_servers(deployment: Deployment) -> None:
         try:
             asyncio.run(probe(base))
         except ServerAway as error:
-            raise CannotStart(f"[serving.bases.{name}]: {error}. {how_to_start(base)}, then this.") from error
+            mend = f". {how_to_start(base)}, then this." if isinstance(error, ServerUnreachable) else ""
+            raise CannotStart(f"[serving.bases.{name}]: {error}{mend}") from error
 
 
 @contextmanager
@@ -117,6 +119,7 @@ class Stack:
         self._stop = threading.Event()
         self._phase = "starting"
         self._told: dict[str, tuple[str, int]] = {}
+        self._held_port = hold_port(deployment) if deployment.router_workers > 1 else None
         self._supervisor = Supervisor(programs(deployment), deployment.state / "logs", self._changed)
 
     def run(self) -> int:
@@ -169,6 +172,8 @@ class Stack:
         self._phase = "stopping"
         self._say("stopping …")
         killed = self._supervisor.stop(self._deployment.stack.stop_timeout_s)
+        if self._held_port:
+            self._held_port.close()
         self._phase = "stopped"
         self._changed(self._supervisor)
         self._say("stopped" + (f"; had to kill {', '.join(killed)}" if killed else ""))
@@ -215,6 +220,19 @@ Click     ask something there and choose the answer you prefer: with the mouse, 
 Follow    {command} status · {command} releases list · logs in {state}/logs
 Stop      Ctrl-C
 """
+
+
+def hold_port(deployment: Deployment) -> socket.socket:
+    """A socket on the port that the workers will share: another stack then finds it in use. It never listens."""
+    stack = deployment.stack
+    held = socket.socket(socket.AF_INET6 if ":" in stack.host else socket.AF_INET)
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    try:
+        held.bind((stack.host, stack.port))
+    except OSError as error:
+        held.close()
+        raise CannotStart(f"port {stack.port} of {stack.host} cannot be had: {error.strerror}") from error
+    return held
 
 
 def _give_up(group: list[Child], is_late: bool) -> None:

@@ -124,9 +124,7 @@ class Intake:
         """A verdict: to be trained on, held out, or dropped with a reason. One seen before changes nothing."""
         if (self._policy and event.policy != self._policy) or event.event_id in self._seen:
             return
-        self._seen[event.event_id] = None
-        if len(self._seen) > SEEN_IDS:
-            del self._seen[next(iter(self._seen))]
+        self._see(event.event_id)
         reason = reason_to_drop(event, self._heldout_ratio)
         if reason is None:
             self.pending.append(_verdict(event))
@@ -136,11 +134,20 @@ class Intake:
             self.heldout = [*self.heldout, _verdict(event)][-self._heldout_window :]
 
     def retract(self, event: PreferenceRetracted) -> None:
-        """Take a verdict back: never trained on if it still waits, and never again if it was."""
+        """Take a verdict back: never trained on if it still waits or is yet to come, and never again if it was.
+
+        It may come before its verdict: that can lie in one router's outbox while another appends directly.
+        """
+        self._see(event.preference_id)
         waiting = [verdict for verdict in self.pending if verdict.preference_id == event.preference_id]
         self.dropped += [(verdict.preference_id, "retracted") for verdict in waiting]
         for verdicts in (self.pending, self.replay, self.heldout):
             verdicts[:] = [v for v in verdicts if v.preference_id != event.preference_id]
+
+    def _see(self, preference_id: str) -> None:
+        self._seen[preference_id] = None
+        if len(self._seen) > SEEN_IDS:
+            del self._seen[next(iter(self._seen))]
 
     def next_batch(self, size: int) -> list[Verdict]:
         """Up to ``size`` waiting verdicts in the log's order, at most so many of one user. They stay waiting."""

@@ -6,7 +6,6 @@ With ``[router] workers`` above 1 each worker is such a process, told its number
 from __future__ import annotations
 
 import argparse
-import gc
 import os
 import signal
 import socket
@@ -23,7 +22,7 @@ from router.services import keys_of
 from telemetry import logs, metrics, tracing
 from telemetry.config import TelemetryConfig
 from telemetry.configuration import InvalidConfiguration, read_table
-from telemetry.process import announce_ready
+from telemetry.process import announce_ready, keep_what_is_loaded
 
 GRACE_S = 10  # running answers may take this long to end
 
@@ -37,8 +36,7 @@ class ReadyServer(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        gc.collect()
-        gc.freeze()  # what is loaded by now stays: a full collection over it would be felt as a slow click
+        keep_what_is_loaded()
         if self.started:
             announce_ready(self._state, self._name, **self._said)
 

@@ -26,6 +26,12 @@ class Arm(msgspec.Struct, frozen=True):
     channel: Channel
     temperature: float
     top_p: float
+    prompt_cost: float = 0.0  # of a million tokens
+    completion_cost: float = 0.0
+
+    def cost(self, prompt_tokens: int, completion_tokens: int) -> float:
+        """What so many tokens cost, in the deployment's currency."""
+        return (self.prompt_cost * prompt_tokens + self.completion_cost * completion_tokens) / 1e6
 
 
 class Arms(msgspec.Struct, frozen=True):
@@ -107,4 +113,13 @@ def _pair(routes: tuple[VariantRoute, ...], ratios: PairRatios, has: HasVersion,
 
 
 def _arm(route: VariantRoute, version: str, channel: Channel) -> Arm:
-    return Arm(route.variant, route.base, version, channel, route.temperature, route.top_p)
+    return Arm(
+        route.variant,
+        route.base,
+        version,
+        channel,
+        route.temperature,
+        route.top_p,
+        route.prompt_cost,
+        route.completion_cost,
+    )

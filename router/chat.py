@@ -101,16 +101,17 @@ class Chat:
         settings = self._settings
         user = pseudonym(settings.key, body.user or "")
         is_pair = await wants_pair(body, user, self._book, ratio=settings.pair_ratio, draw=self._draw)
+        prompt, policy = body.prompt(), parse_model(body.model)[0]
+        uses_tools = needs_tools(prompt)
         arms = choose_arms(
             self._tables.routing,
             body.model,
             wants_pair=is_pair,
             ratios=settings.ratios,
-            has=self._tables.has,
+            has=self._has_with_tools if uses_tools else self._tables.has,
             draw=self._draw,
         )
-        prompt, policy = body.prompt(), parse_model(body.model)[0]
-        if needs_tools(prompt):
+        if uses_tools:
             self._require_tools(policy, arms)
         trace_id, span_id = tracing.ids(span)
         exchange = Exchange(
@@ -130,14 +131,17 @@ class Chat:
         calls = plan_calls(exchange, arms, self._draw, settings.deadline_s, tracing.traceparent(span))
         return exchange, calls
 
+    def _has_with_tools(self, base: str, version: str) -> bool:
+        return self._tables.has(base, version) and self._tables.takes_tools(base)
+
     def _require_tools(self, policy: str, arms: Arms) -> None:
         """Raise UnsupportedParameter if one of ``arms`` is of a base that takes no tools."""
         for base in dict.fromkeys(arm.base for arm in arms.sides):
             if not self._tables.takes_tools(base):
                 raise UnsupportedParameter(
-                    f"{policy} is answered by the base {base}, whose chat template renders no tools in a form that is "
-                    "read here: leave out tools, tool_calls and messages of role tool, or ask a policy over a base "
-                    "that takes them.",
+                    f"{policy} is answered by the base {base}, which takes no tools here: its chat template has them "
+                    "in no form that is read, or a model server computes it. Leave out tools, tool_calls and messages "
+                    "of role tool, or ask a policy over a base that takes them.",
                     param="tools",
                 )
 

@@ -26,7 +26,8 @@ class RouterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
 
     # TOML file of key hashes (router/admission.py). Empty: open mode, which serves on loopback only.
     key_file: str = ""
-    # Processes that answer on the one port; together they keep every limit below. More than cores gains nothing.
+    # Processes that answer on the one port; more than cores gains nothing. They count chat requests together, so that
+    # max_in_flight and max_in_flight_per_key hold for all; the other numbers are each worker's.
     workers: Positive = 1
     # Share of an opted-in user's `auto` requests that become pairs, and how many a minute at most.
     pair_ratio: Ratio = 0.2

@@ -17,6 +17,7 @@ import msgspec
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
+from router.arms import Arm
 from router.errors import PayloadTooLarge, Unavailable
 from router.exchange import Answer, Exchange
 from router.pairs import PairMemory, RememberedPair
@@ -117,9 +118,11 @@ class Ledger:
 
     def close_exchange(self, exchange: Exchange) -> None:
         """Write down every answer of a request that is over, and keep single ones for a thumb."""
+        read = set[Arm]()  # arms that read the prompt already: for several answers of one, that is done once
         for answer in exchange.answers:
             self.note(answer.served(exchange))
-            _count(answer)
+            _count(answer, is_prompt_read=answer.arm in read)
+            read.add(answer.arm)
             if not exchange.is_pair and answer in exchange.shown and answer.is_whole:
                 self._remember_completion(exchange, answer)
 
@@ -170,8 +173,11 @@ class Ledger:
         return task
 
 
-def _count(answer: Answer) -> None:
+def _count(answer: Answer, *, is_prompt_read: bool) -> None:
     variant, version = answer.arm.variant, answer.arm.version
+    prompt_tokens = 0 if is_prompt_read else answer.last.prompt_tokens
+    if cost := answer.arm.cost(prompt_tokens, len(answer.tokens)):
+        metrics.COST.labels(variant, version).inc(cost)
     if answer.failure:
         metrics.RESPONSE_ERRORS.labels(variant, version, answer.failure.code).inc()
     elif answer.is_whole:

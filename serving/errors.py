@@ -87,6 +87,10 @@ class ServerAway(ServingError):
     code = "server_away"
 
 
+class ServerUnreachable(ServerAway):
+    """There is no connection to the model server, or it broke."""
+
+
 class UnsupportedModel(ServingError):
     """The engine would not compute this model as transformers does; use another base model."""
 

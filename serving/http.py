@@ -27,6 +27,7 @@ from serving.errors import EngineFailed, InvalidRequest, ServingError, VersionRe
 from serving.wire import GenerateRequest, ReplicaStatus
 from telemetry.manifest import VERSION_PATTERN, Manifest, UntrustedVersion, read_version
 from telemetry.metrics import ADAPTER_LOADS, ENGINE_BATCH, ENGINE_QUEUE, FREE_SLOTS
+from telemetry.process import keep_what_is_loaded
 
 log = logging.getLogger(__name__)
 BODY_MAX_BYTES = 4_000_000
@@ -60,6 +61,7 @@ def build_app(engine: Engine, info: ReplicaInfo) -> Starlette:
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         await engine.start()
+        keep_what_is_loaded()
         yield
         await engine.close()
 

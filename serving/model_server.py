@@ -19,6 +19,7 @@ from serving.errors import (
     Overloaded,
     PromptTooLong,
     ServerAway,
+    ServerUnreachable,
     ServingError,
     VersionNotReady,
     VersionRefused,
@@ -198,7 +199,7 @@ class ModelServer:
         return aiohttp.ClientTimeout(total=total_s, sock_connect=self._config.connect_timeout_s)
 
     def away(self, error: BaseException) -> ServerAway:
-        return ServerAway(f"{self.url} does not answer ({str(error) or type(error).__name__})")
+        return ServerUnreachable(f"{self.url} does not answer ({str(error) or type(error).__name__})")
 
 
 async def _read(content: aiohttp.StreamReader) -> AsyncGenerator[Event]:
@@ -236,7 +237,8 @@ def refuse(status: int, body: bytes) -> NoReturn:
 def failed(error: Failure) -> ServingError:
     """What an error in the middle of a stream means."""
     try:
-        refuse(int(error.code or 500), _json.encode({"error": error}))
+        code = str(error.code)  # a status, or a word
+        refuse(int(code) if code.isdigit() else 500, _json.encode({"error": error}))
     except ServingError as meaning:
         return meaning
 

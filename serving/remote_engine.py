@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import shutil
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
 from pathlib import Path
-from typing import Self
 
 import msgspec
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-from serving.completions import Completion, Ticket
+from serving.completions import Ticket
 from serving.config import BaseConfig
 from serving.engine import ChunkStream, EngineStatus, check_request
 from serving.errors import (
@@ -32,24 +30,24 @@ from serving.errors import (
     ServerAway,
     ServingError,
     UnsupportedModel,
+    UnsupportedTools,
     VersionNotReady,
     VersionRefused,
 )
-from serving.model_server import Choice, Event, ModelServer, base_model, failed, how_to_start
+from serving.model_server import Event, ModelServer, base_model, failed, how_to_start
 from serving.peft_folder import base_shapes, write_nothing, write_peft
 from serving.prompts import PromptEncoder
+from serving.remote_stream import RemoteStream
 from serving.safety import OutputFilter
-from serving.sampling_rules import Sampled
 from serving.slots import SlotTable
-from serving.wire import Chunk, FinishReason, GenerateRequest, Sampling
+from serving.wire import GenerateRequest, Sampling
+from telemetry.conversation import needs_tools
 from telemetry.events import Message
 from telemetry.manifest import VERSION_PATTERN, Manifest, base_version
 from telemetry.metrics import TOKENS
 
 log = logging.getLogger(__name__)
 SEED_MAX = 2**63 - 1
-ID_PREFIX = "token_id:"
-FINISH: dict[str, FinishReason] = {"stop": "stop", "length": "length"}
 LEFT_OVER_S = 30.0  # ours there, held by nobody here: unloaded after this, so that a restarted replica finds its own
 MISSES = 2  # looks in a row without an answer before the server counts as away
 
@@ -74,7 +72,7 @@ class RemoteEngine:
         self._here, self._there = state / folder, Path(config.server_state or state) / folder  # as the server sees it
         self._server = ModelServer(config)
         self._slots = SlotTable(config.slots, self.base_version)
-        self._streams: set[_Stream] = set()
+        self._streams: set[RemoteStream] = set()
         self._lost: dict[str, str] = {}  # ready here, gone there → why it is not back yet
         self._leftovers: dict[str, float] = {}  # ours there, not held here → since when
         self._changing = asyncio.Lock()  # one load or unload there at a time
@@ -137,8 +135,10 @@ class RemoteEngine:
             raise
         return stream
 
-    def _accept(self, request: GenerateRequest, *, is_warming: bool = False) -> _Stream:
+    def _accept(self, request: GenerateRequest, *, is_warming: bool = False) -> RemoteStream:
         check_request(request)
+        if needs_tools(request.messages):  # calls that must come, or must fit, would need our grammar there
+            raise UnsupportedTools()
         config, version = self._config, request.version
         if any(not 0 <= token_id < self._vocabulary for token_id in request.sampling.logit_bias):
             raise InvalidRequest(f"logit_bias: token ids are 0 to {self._vocabulary - 1}")
@@ -162,11 +162,11 @@ class RemoteEngine:
             raise VersionNotReady(f"{version} is being loaded again: the server had lost it")
         self._slots.pin(version, is_warming=is_warming)
         ticket = Ticket(request, 0, tokens, room, [None] * request.n)
-        stream = _Stream(self, ticket, self._prompts, self._filter)
+        stream = RemoteStream(self, ticket, self._prompts, self._filter)
         self._streams.add(stream)
         return stream
 
-    def ended(self, stream: _Stream) -> None:
+    def ended(self, stream: RemoteStream) -> None:
         """A stream's last completion is over: its version may go."""
         self._streams.discard(stream)
         self._slots.unpin(stream.request.version)
@@ -322,6 +322,8 @@ class RemoteEngine:
             else:
                 self._lost.pop(version, None)
         await self._sweep({name for name, root in models.items() if root == str(self._there / name)})
+        async with self._changing:
+            await asyncio.to_thread(self._remove_leftovers, set(models))
 
     async def _load_again(self, version: str) -> None:
         async with self._changing:
@@ -349,6 +351,14 @@ class RemoteEngine:
             if now - since > self._left_over_s:
                 with suppress(ServerAway):
                     await self._forget(version, unless_held=True)
+
+    def _remove_leftovers(self, there: set[str]) -> None:
+        """Delete converted folders that neither the server nor anybody here knows."""
+        for folder in self._here.glob("*") if self._here.exists() else ():
+            version = folder.name.removeprefix(".").partition(".")[0]  # or one that is being written
+            is_held = version == self.base_version or self._slots.slot_of(version) is not None
+            if not is_held and version not in there:
+                shutil.rmtree(folder, ignore_errors=True)
 
     @property
     def _is_away(self) -> bool:
@@ -383,163 +393,9 @@ class RemoteEngine:
         await self._server.close()
 
 
-class _Stream:
-    """One request at the server: a task for each completion, their chunks in one queue."""
-
-    def __init__(
-        self, engine: RemoteEngine, ticket: Ticket, prompts: PromptEncoder, output_filter: OutputFilter
-    ) -> None:
-        self.request = ticket.request
-        self.failure: ServingError | None = None
-        self._engine, self._ticket = engine, ticket
-        self._left = ticket.request.n
-        loop = asyncio.get_running_loop()
-        self._completions = ticket.begin(prompts, output_filter)
-        self._accepted = [loop.create_future() for _ in self._completions]
-        self._tasks = [loop.create_task(self._follow(completion)) for completion in self._completions]
-        self._done = asyncio.gather(*self._tasks, return_exceptions=True)
-        self._done.add_done_callback(lambda _: self._over())
-
-    async def accepted(self) -> None:
-        """Return when the server has taken every completion; raises what it refused one for."""
-        await asyncio.wait(self._accepted)
-        for future in self._accepted:
-            if (error := future.result()) is not None:
-                raise error
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> Chunk:
-        if not self._left:
-            raise StopAsyncIteration
-        chunk = await self._ticket.arrived.get()
-        self._left -= chunk.finish_reason is not None
-        return chunk
-
-    async def aclose(self) -> None:
-        await self.end()
-
-    async def end(self, error: str = "") -> None:
-        """Close what is still open at the server; whoever reads on sees it cancelled."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.wait((self._done,))
-        for completion in self._completions:
-            completion.end("cancelled", error=error)
-        self._deliver(self._ticket.take())
-
-    def _over(self) -> None:
-        """Every task is done: an error that none of them expected ends its completion, then the version may go."""
-        for completion, task in zip(self._completions, self._tasks, strict=True):
-            if not task.cancelled() and (error := task.exception()) is not None:
-                log.error("an answer failed", exc_info=error, extra={"action": "answer_failed"})
-                completion.end("error", error="engine_failed")
-        self._deliver(self._ticket.take())
-        self._engine.ended(self)
-
-    async def _follow(self, completion: Completion) -> None:
-        """One completion from the request to its last chunk, whatever comes between."""
-        accepted, last = self._accepted[completion.index], _Last()
-        try:
-            async with asyncio.timeout(self.request.deadline_s):
-                await self._read(completion, accepted, last)
-        except TimeoutError:
-            completion.end("cancelled", error="deadline_exceeded")
-        except ServingError as error:
-            self.failure = error
-            self._engine.noticed(self.request.version, error)
-            if not accepted.done():
-                accepted.set_result(error)
-            completion.end("error", error=error.code)
-        finally:
-            if not accepted.done():
-                accepted.set_result(None)
-            self._deliver([*last.chunks(), *self._ticket.take()])
-
-    async def _read(self, completion: Completion, accepted: asyncio.Future[ServingError | None], last: _Last) -> None:
-        """Deliver as events come; the chunk that ends the completion waits in ``last`` for the server's counts."""
-        is_late = bool(self.request.sampling.json_schema)  # a bad schema is refused in the stream, by its first event
-        async with aclosing(self._engine.complete(self._ticket, completion.index)) as events:
-            async for event in events:
-                is_over = event is not None and self._push(completion, event)
-                if not accepted.done() and (event is not None or not is_late):
-                    accepted.set_result(None)
-                if event is not None:
-                    last.count(event)
-                chunks = self._ticket.take()
-                if not completion.is_ended:
-                    self._deliver(chunks)
-                    continue
-                last.keep(chunks)
-                if not is_over:
-                    break  # it ended by a rule of ours: what else the server would say nobody reads
-        if not completion.is_ended:
-            raise EngineFailed("the server ended an answer without a reason")
-
-    def _push(self, completion: Completion, event: Event) -> bool:
-        """Take the event's tokens; whether the server says that the completion is over."""
-        self._engine.check(self.request.version, event)
-        is_over = completion.is_ended
-        for choice in event.choices:
-            tokens = sampled(choice, self.request.sampling.top_logprobs)
-            made = completion.made
-            for token in tokens:
-                if not completion.is_ended:
-                    completion.push(token)
-            self._engine.count(self.request.version, completion.made - made)
-            if choice.finish_reason is not None:
-                is_over = True
-                completion.end(FINISH.get(choice.finish_reason, "error"))
-        return is_over
-
-    def _deliver(self, chunks: Sequence[Chunk]) -> None:
-        for chunk in chunks:
-            self._ticket.arrived.put_nowait(chunk)
-
-
-class _Last:
-    """The chunk that ends a completion, kept until the server has said how much of the prompt it had."""
-
-    def __init__(self) -> None:
-        self._chunks: list[Chunk] = []
-        self._cached = 0
-
-    def keep(self, chunks: Sequence[Chunk]) -> None:
-        self._chunks += chunks
-
-    def count(self, event: Event) -> None:
-        details = event.usage.prompt_tokens_details if event.usage else None
-        self._cached = (details.cached_tokens if details else None) or self._cached
-
-    def chunks(self) -> list[Chunk]:
-        """What was kept, counted."""
-        chunks, self._chunks = self._chunks, []
-        return [msgspec.structs.replace(c, cached_tokens=self._cached) if c.finish_reason else c for c in chunks]
-
-
 def check_json(schema: str) -> None:
     """Raise InvalidRequest for a schema that is no JSON; what it means the server judges."""
     try:
         msgspec.json.decode(schema)
     except msgspec.DecodeError as error:
         raise InvalidRequest(f"response_format: {error}") from error
-
-
-def sampled(choice: Choice, top: int) -> list[Sampled]:
-    """The tokens of one event with their ``top`` alternatives; raises UnsupportedModel when they have no ids."""
-    ids, said = choice.token_ids, choice.logprobs
-    if ids is None or (ids and (said is None or len(said.token_logprobs) != len(ids))):
-        raise UnsupportedModel(
-            "the server returns no token ids or log-probabilities: vLLM 0.10.2 or an SGLang of July 2026 is needed"
-        )
-    tokens = []
-    for place, token_id in enumerate(ids):
-        assert said is not None
-        logprob = said.token_logprobs[place]
-        is_finite = logprob is not None and math.isfinite(logprob)
-        others = said.top_logprobs[place] if top and said.top_logprobs else None
-        likeliest = sorted((others or {}).items(), key=lambda item: -item[1])[:top]
-        named = tuple((int(name.removeprefix(ID_PREFIX)), value) for name, value in likeliest)
-        tokens.append(Sampled(token_id, logprob if is_finite and logprob is not None else 0.0, named, is_finite))
-    return tokens

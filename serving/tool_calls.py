@@ -44,14 +44,15 @@ class CallReader:
         self._held += piece
         parts, calls = [], []
         while (begin := self._held.find(OPEN)) >= 0 and (end := self._held.find(CLOSE, begin)) >= 0:
-            end += len(CLOSE)
-            before, block = self._held[:begin], self._held[begin:end]
-            if call := self._call(block.removeprefix(OPEN).removesuffix(CLOSE)):
-                calls.append(call)
-                parts.append(before.rstrip())
+            # the last mark, too: one that the text only speaks of must not swallow the call behind it
+            for start in dict.fromkeys((begin, self._held.rfind(OPEN, 0, end))):
+                if call := self._call(self._held[start + len(OPEN) : end]):
+                    calls.append(call)
+                    parts.append(self._held[:start].rstrip())
+                    break
             else:
-                parts.append(before + block)
-            self._held = self._held[end:]
+                parts.append(self._held[: end + len(CLOSE)])
+            self._held = self._held[end + len(CLOSE) :]
         parts.append(self._harmless(is_last))
         return "".join(parts), tuple(calls)
 

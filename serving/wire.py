@@ -43,8 +43,8 @@ class ToolUse(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     is_parallel: bool = True  # it may be more than one
 
 
-class GenerateRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Ask one version for ``n`` completions to one prompt."""
+class GenerateRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Ask one version for ``n`` completions to one prompt. Defaults are not sent: older replicas can read it."""
 
     request_id: str
     version: str  # exactly one version answers; unknown or unready → 409 version_not_ready

@@ -6,12 +6,13 @@ Processes import the objects they feed; ``expose`` serves the default registry o
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
 import psutil
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, start_http_server
-from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+from prometheus_client.multiprocess import MultiProcessCollector
 
 SHARED_FOLDER: Final = "PROMETHEUS_MULTIPROC_DIR"  # prometheus_client reads it when it is imported
 
@@ -27,6 +28,11 @@ LOOP_BUCKETS: Final = (1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 900.
 REQUESTS = Counter("tiebreak_requests_total", "Chat requests answered", ["policy", "code"])
 RESPONSES = Counter("tiebreak_responses_total", "Completions served", ["variant", "version", "channel"])
 RESPONSE_ERRORS = Counter("tiebreak_response_errors_total", "Completions that failed", ["variant", "version", "error"])
+COST = Counter(
+    "tiebreak_cost_total",
+    "Cost of tokens by the variants' prices, in the deployment's currency; a prompt read once counts once",
+    ["variant", "version"],
+)
 TTFT = Histogram("tiebreak_ttft_seconds", "Time to first token", ["variant", "version"], buckets=TTFT_BUCKETS)
 DURATION = Histogram(
     "tiebreak_response_duration_seconds", "Whole completion", ["variant", "version"], buckets=TTFT_BUCKETS
@@ -108,9 +114,18 @@ def page() -> bytes:
 def forget_dead_processes() -> None:
     """Leave out what processes that are no more last had under way; what they counted stays counted."""
     for path in Path(os.environ[SHARED_FOLDER]).glob("gauge_live*_*.db"):
-        pid = int(path.stem.rpartition("_")[2])
-        if not psutil.pid_exists(pid):
-            mark_process_dead(pid)  # type: ignore[no-untyped-call]
+        with suppress(FileNotFoundError):  # another worker is at it, too
+            written_s, owner = path.stat().st_mtime, int(path.stem.rpartition("_")[2])
+            if not _has_lived_since(owner, written_s):
+                path.unlink()
+
+
+def _has_lived_since(pid: int, at_s: float) -> bool:
+    """Whether the process that had this id then is still there, and not another one with its id."""
+    try:
+        return bool(psutil.Process(pid).create_time() <= at_s + 1.0)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def expose(port: int) -> int:

@@ -2,7 +2,8 @@
 
 While the log answers, ``append`` is the log's append. When it does not, entries go to segment files (frames of
 length, CRC-32 and msgpack), and, until every one of them is in the log, so does everything after them: entries with
-one key stay in order. A crash repeats at most one segment; consumers deduplicate by event_id. One process per folder.
+one key stay in order, those of one process; what another process appends may overtake them. A crash repeats at most
+one segment; consumers deduplicate by event_id. One process per folder.
 """
 
 from __future__ import annotations

@@ -5,12 +5,18 @@ A ready-ack is a file ``<state>/run/<name>.ready`` with pid, url and time; the l
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
 
 from telemetry.events import utc_now
+
+KEY_BYTES = 32
 
 
 def announce_ready(state: Path, name: str, **info: str | int) -> None:
@@ -23,15 +29,36 @@ def announce_ready(state: Path, name: str, **info: str | int) -> None:
     staging.rename(path)
 
 
+def keep_what_is_loaded() -> None:
+    """Call when a process is about to serve: a collection over all that was loaded is felt as a slow click or token."""
+    gc.collect()
+    gc.freeze()
+    atexit.register(gc.unfreeze)  # at the end everything is let go as ever
+
+
 def signing_key(state: Path) -> bytes:
-    """The deployment's 32-byte secret in ``<state>/keys/signing.key``, made on first use (mode 0600)."""
+    """The deployment's 32-byte secret in ``<state>/keys/signing.key``, made on first use (mode 0600).
+
+    Processes that start together agree: the file has its name only once it is whole. Raises ValueError for a torn one.
+    """
     path = state / "keys" / "signing.key"
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        return path.read_bytes()
-    with os.fdopen(descriptor, "wb") as file:
-        key = os.urandom(32)
-        file.write(key)
+    if not path.exists():
+        _make_key(path)
+    key = path.read_bytes()
+    if len(key) != KEY_BYTES:
+        raise ValueError(f"{path} has {len(key)} bytes instead of {KEY_BYTES}: restore it, or remove it for a new one")
     return key
+
+
+def _make_key(path: Path) -> None:
+    descriptor, staging = tempfile.mkstemp(dir=path.parent)  # its mode is 0600
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(os.urandom(KEY_BYTES))
+        file.flush()
+        os.fsync(file.fileno())
+    try:
+        with suppress(FileExistsError):
+            os.link(staging, path)
+    finally:
+        os.unlink(staging)

@@ -27,6 +27,8 @@ class VariantRoute(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     shadow: str = ""  # loaded and probed, no user traffic
     temperature: float = 0.7
     top_p: float = 0.95
+    prompt_cost: float = 0.0  # of a million tokens, in the deployment's currency
+    completion_cost: float = 0.0
 
     def wanted(self) -> tuple[str, ...]:
         """Every adapter version that replicas must hold, the base version left out, in no special order."""

@@ -20,6 +20,9 @@ class VariantConfig(_Table, frozen=True):
     base: str  # a name under [serving.bases]
     temperature: float = 0.7
     top_p: float = 0.95
+    # Of a million tokens, in whatever currency the deployment counts in: what `tiebreak_cost_total` adds up.
+    prompt_cost: float = 0.0
+    completion_cost: float = 0.0
 
 
 class GateConfig(_Table, frozen=True):

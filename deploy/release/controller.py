@@ -18,7 +18,7 @@ from msgspec.structs import replace
 from deploy.release import report
 from deploy.release.config import ReleaseConfig
 from deploy.release.intake import InvalidCommand, addressee, asked_of, inputs_of, parse_command, ready_versions
-from deploy.release.machine import advance, due_probe, initial
+from deploy.release.machine import advance, configured, due_probe, initial
 from deploy.release.probes import Prober, Question
 from deploy.release.state import Change, Commanded, Input, Tick, VariantState, World
 from deploy.release.store import HistoryEntry, LeaseLost, ReleaseStore, Saved, history_entry
@@ -247,7 +247,7 @@ def reconcile(
         state = variants.get(member.variant, fresh)
         if state.route.base_version != fresh.route.base_version:
             state = fresh
-        route = replace(state.route, base=member.base, temperature=member.temperature, top_p=member.top_p)
+        route = configured(state.route, member)
         # a trial that an older program saved in another form is not known here: its version leaves the route
         route = route if state.shadow else replace(route, shadow="")
         route = route if state.canary else replace(route, canary="", canary_ratio=0.0)

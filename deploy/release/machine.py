@@ -36,16 +36,20 @@ TRACES = 64  # traces told about one version
 
 def initial(variant: VariantConfig, base_version: str) -> VariantState:
     """A variant at its first start: the base answers."""
-    route = VariantRoute(
-        variant=variant.variant,
+    route = VariantRoute(variant.variant, variant.base, base_version, stable=base_version, previous=base_version)
+    return VariantState(route=configured(route, variant))
+
+
+def configured(route: VariantRoute, variant: VariantConfig) -> VariantRoute:
+    """``route`` with what the configuration says of its variant."""
+    return replace(
+        route,
         base=variant.base,
-        base_version=base_version,
-        stable=base_version,
-        previous=base_version,
         temperature=variant.temperature,
         top_p=variant.top_p,
+        prompt_cost=variant.prompt_cost,
+        completion_cost=variant.completion_cost,
     )
-    return VariantState(route=route)
 
 
 def advance(state: VariantState, event: Input, world: World, limits: ReleaseConfig) -> Moved:

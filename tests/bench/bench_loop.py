@@ -1,8 +1,10 @@
 """The closed loop's bars, by HTTP only, on the real model: ``make bench-loop``.
 
 Stages on one running stack: a persona's verdicts, while versions are trained and swapped; stable against base on
-prompts never asked; then, with the first persona, further verdicts with a thousand other chat requests beside them. The
-personas are those that nobody tuned on. Perplexity is the base model's, over each answer given its prompt.
+prompts never asked, right after the last verdict's version (a detail) and again when the trainer has gone over all
+verdicts in the quiet that follows; then, with the first persona, further verdicts with a thousand other chat requests
+beside them. The personas are those that nobody tuned on. Perplexity is the base model's, over each answer given its
+prompt.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from deploy.api import Api
 from deploy.personas import EVALUATION_PROMPTS, HELD_OUT, PERSONAS, TRAINING_PROMPTS, choose
 from deploy.simulate import MAX_TOKENS, Clicks, give_clicks, session
+from deploy.status import fetch, numbers, read_ready
 from telemetry.text import repetition_ratio, words
 from tests.bench import record
 from tests.bench.client import running_stack
@@ -34,6 +37,7 @@ VERDICTS, VERDICTS_BESIDE = 160, 80
 USERS = 6
 BACKGROUND_REQUESTS, BACKGROUND_USERS = 1000, 4
 LIVE_LIMIT_S, REST_LIMIT_S = 240.0, 120.0
+IDLE_S, REHEARSAL_LIMIT_S = 30.0, 900.0
 
 
 @dataclass
@@ -98,6 +102,18 @@ async def releases_at_rest(api: Api) -> None:
         if not route.get("canary") and not route.get("shadow"):
             return
         await asyncio.sleep(1.0)
+
+
+async def trainer_at_rest(state: Path) -> float:
+    """Until the trainer has taken no step for IDLE_S: everything was gone over. The seconds it went on."""
+    url, begun_s = str((read_ready(state / "run" / "trainer.ready") or {})["metrics_url"]), time.monotonic()
+    steps, last_s = -1.0, begun_s
+    while time.monotonic() - last_s < IDLE_S and time.monotonic() - begun_s < REHEARSAL_LIMIT_S:
+        page = await asyncio.to_thread(fetch, url)
+        now = numbers({"trainer": page.decode()})["train_steps"] if page else steps
+        steps, last_s = now, time.monotonic() if now != steps else last_s
+        await asyncio.sleep(1.0)
+    return last_s - begun_s
 
 
 def _end(receipt: dict[str, Any]) -> str:
@@ -177,13 +193,18 @@ async def run(persona: str, seed: int, *, with_traffic: bool) -> dict[str, Any]:
         clicks = await give_clicks(api, persona, Clicks(VERDICTS), users=USERS, seed=seed)
         journeys = await click_to_live(api, clicks.preference_ids)
         await releases_at_rest(api)
-        stable, base = await answers(api, "chat@stable"), await answers(api, "chat@base")
+        early, base = await answers(api, "chat@stable"), await answers(api, "chat@base")
+        rehearsed_s = await trainer_at_rest(state)
+        await releases_at_rest(api)
+        stable = await answers(api, "chat@stable")
         folder = base_folder(state)
         beside = await beside_traffic(api, http, url, persona, seed + 1) if with_traffic else {}
     return {
         "journeys": journeys,
         "choices": dict(clicks.choices),
         "win_rate": win_rate(persona, stable, base),
+        "win_rate_before_rehearsal": win_rate(persona, early, base),
+        "rehearsed_s": rehearsed_s,
         "language": language_ratios(stable, base, folder),
         "sample": stable[:3],
         **beside,
@@ -229,6 +250,8 @@ def rows_of(persona: str, result: dict[str, Any]) -> list[dict[str, Any]]:
             better="higher",
             choices=result["choices"],
             ends=dict(result["journeys"].ends),
+            before_rehearsal=result["win_rate_before_rehearsal"],
+            rehearsed_s=result["rehearsed_s"],
             sample=result["sample"],
         ),
         record.row(

@@ -2,7 +2,7 @@
 
 A swap goes as the release controller does it: loaded beside, told ready by every replica, routed, and the one before
 the previous is drained and unloaded. First with the echo engine, which leaves all the work to what is around it, then
-with the real model.
+with the real model. Serving has one core; the router, a Redis that syncs every write, and the clients the other.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import tempfile
 import time
 from collections import Counter
@@ -20,7 +21,7 @@ from typing import Any
 import aiohttp
 
 from tests.bench import record
-from tests.bench.fleet import RANK, VERSIONS, Fleet, fleet, until
+from tests.bench.fleet import OTHER_CORE, RANK, SERVING_CORE, VERSIONS, Fleet, fleet, until
 from tests.bench.raw_http import Answer, RawClient
 
 SWAPS, SWAP_LIMIT_S = 100, 60.0
@@ -158,6 +159,7 @@ async def leaving(running: Fleet) -> list[dict[str, Any]]:
 
 
 async def main() -> None:
+    os.sched_setaffinity(0, {OTHER_CORE})
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--engine", choices=["echo", "real", "both"], default="both")
     wanted = parser.parse_args().engine
@@ -165,7 +167,7 @@ async def main() -> None:
     for engine in [e for name, e in (("echo", ECHO), ("real", REAL)) if wanted in (name, "both")]:
         with (
             tempfile.TemporaryDirectory(prefix="tiebreak-swaps-") as name,
-            fleet(engine.serving, Path(name)) as running,
+            fleet(engine.serving, Path(name), cores=(SERVING_CORE, OTHER_CORE)) as running,
         ):
             await running.started()
             rows += await swaps(running, engine)

@@ -36,6 +36,7 @@ from tests.servers import RedisServer
 from tests.unit.serving import kit
 
 VERSIONS, RANK = 6, 4
+SERVING_CORE, OTHER_CORE = 0, 1
 START_S, SETTLE_S = 240.0, 3.0
 
 

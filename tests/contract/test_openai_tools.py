@@ -23,7 +23,7 @@ from telemetry.config import TelemetryConfig
 from telemetry.events import PairShown, PreferenceRecorded, Tool
 from telemetry.manifest import base_digest
 from tests.javascript import run_program
-from tests.router_stack import STABLE, Stack, running_stack
+from tests.router_stack import STABLE, Stack, fast, running_stack
 from tests.tool_model import SCHEMAS, make_tool_model, openai_tool
 
 pytestmark = pytest.mark.usefixtures("redis_server")
@@ -193,6 +193,19 @@ async def test_a_base_that_takes_no_tools_says_so(plain_stack: Stack, is_known: 
         assert "chat is answered by the base echo" in refusal.value.message
     plain = await sync(plain_stack, lambda client: client.chat.completions.create(**ASK | {"tool_choice": "none"}))
     assert plain.choices[0].finish_reason == "stop"
+
+
+async def test_where_one_variants_base_takes_no_tools_the_other_answers(telemetry_config: TelemetryConfig) -> None:
+    """Every pair would set the one against the other: with tools it is the first against itself."""
+    config = fast(cross_variant_ratio=1.0, pair_ratio=1.0)
+    async with running_stack(telemetry_config, config=config) as stack:
+        (main, calm), (replica,) = stack.routing.policies["chat"], stack.replicas
+        plain = replace(replica, replica_id="r1", base="plain", takes_tools=False)
+        routing = replace(stack.routing, policies={"chat": (main, replace(calm, base="plain"))})
+        await stack.publish(routing=routing, replicas=[replica, plain])
+        await stack.consent("ann")
+        status, answer, _ = await stack.ask("get_weather", user="ann", tools=ASK["tools"])
+        assert (status, "preference" in answer) == (200, True), answer
 
 
 @asynccontextmanager

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from serving.config import BaseConfig
@@ -17,11 +18,13 @@ from serving.errors import (
     ServerAway,
     ServingError,
     UnsupportedModel,
+    UnsupportedTools,
     VersionNotReady,
     VersionRefused,
 )
 from serving.remote_engine import RemoteEngine
 from serving.safety import OutputFilter
+from telemetry.events import Message, Tool
 from telemetry.manifest import base_digest, read_version
 from tests.integration.fake_model_server import FakeModelServer
 from tests.unit.serving.conftest import tiny_model as tiny_model
@@ -298,9 +301,21 @@ async def test_the_same_name_from_another_folder_is_replaced(
     assert server.adapters == {name: str(tmp_path / "remote" / "tiny" / name)}
 
 
-async def test_unloading_while_the_server_is_away_frees_the_slot(
-    engine: RemoteEngine, server: FakeModelServer, version: str
+async def test_unloading_while_the_server_is_away_frees_the_slot_and_in_the_end_the_files(
+    engine: RemoteEngine, server: FakeModelServer, version: str, tmp_path: Path
 ) -> None:
+    folder = tmp_path / "remote" / "tiny" / version
     await server.stop()
     await engine.unload(version)
     assert (engine.status().free_slots, engine.status().draining) == (2, ())
+    assert folder.exists()
+    server.adapters.clear()  # it restarts
+    await server.start()
+    await until(lambda: not folder.exists())
+
+
+async def test_tools_are_refused_as_what_this_engine_does_not_do(engine: RemoteEngine) -> None:
+    offered = (Message("user", "Which way?", tools=(Tool("turn", "", "{}"),)),)
+    with pytest.raises(UnsupportedTools):
+        await engine.submit(msgspec.structs.replace(request(engine.base_version), messages=offered))
+    assert not engine.status().takes_tools

@@ -19,6 +19,7 @@ import pytest
 import redis
 import tomli_w
 
+from deploy.models import make_tiny
 from serving.wire import Chunk
 from telemetry.manifest import base_digest, base_version
 from telemetry.process import signing_key
@@ -40,18 +41,22 @@ pytestmark = pytest.mark.timeout(600)
 
 
 class Serving:
-    """``python -m serving`` over the tiny model, with its state folder and Redis."""
+    """``python -m serving`` over two tiny models, with its state folder and Redis."""
 
     def __init__(self, state: Path, model: Path, redis_url: str) -> None:
-        self.state, self.model = state, model
+        self.state, self.model, self.other_model = state, model, state / "other"
+        make_tiny(8, self.other_model)
         self.redis = redis.Redis.from_url(redis_url)
         left_over = Replica("last-run", "tiny", "http://127.0.0.1:9", True, (base_version(base_digest(model)),), 0, 4)
         self.redis.set(REPLICAS_KEY, msgspec.json.encode(ReplicaTable(time.time(), (left_over,))))
         config = state / "run" / "config.toml"
         config.parent.mkdir(parents=True)
+        base = {"threads": 1, "slots": 3, "max_context": 512}
         document = {
             "telemetry": {"state": str(state), "redis_url": redis_url},
-            "serving": {"bases": {"tiny": {"model": str(model), "threads": 1, "slots": 3, "max_context": 512}}},
+            "serving": {
+                "bases": {"tiny": base | {"model": str(model)}, "other": base | {"model": str(self.other_model)}}
+            },
         }
         config.write_bytes(tomli_w.dumps(document).encode())
         environ = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -66,9 +71,10 @@ class Serving:
         table = RoutingTable(int(time.time() * 1000), {"chat": (route,)})
         self.redis.set(ROUTING_KEY, msgspec.json.encode(table))
 
-    def replicas(self) -> tuple[Replica, ...]:
+    def replicas(self, base: str = "tiny") -> tuple[Replica, ...]:
         payload = self.redis.get(REPLICAS_KEY)
-        return decode_replicas(payload).replicas if isinstance(payload, bytes) else ()
+        known = decode_replicas(payload).replicas if isinstance(payload, bytes) else ()
+        return tuple(replica for replica in known if replica.base == base)
 
     def until(self, condition: Callable[[], bool], what: str, timeout_s: float = START_S) -> float:
         """Wait for ``condition``; the seconds it took."""
@@ -83,12 +89,13 @@ class Serving:
         replicas = self.replicas()
         return bool(replicas) and all(r.is_ready and set(versions) <= set(r.versions) for r in replicas)
 
-    def ask(self, version: str, prompt: str = "Hello there") -> list[Chunk]:
-        return asyncio.run(_ask(self.replicas()[0].url, version, prompt))
+    def ask(self, version: str, prompt: str = "Hello there", base: str = "tiny") -> list[Chunk]:
+        return asyncio.run(_ask(self.replicas(base)[0].url, version, prompt))
 
     def replica_process(self) -> psutil.Process:
+        """The one of ``tiny``: Serve names it after application and deployment."""
         tree = psutil.Process(self.process.pid).children(recursive=True)
-        return next(p for p in tree if "ServeReplica" in "".join(p.cmdline()))
+        return next(p for p in tree if "ServeReplica:tiny:" in "".join(p.cmdline()))
 
 
 async def _ask(url: str, version: str, prompt: str) -> list[Chunk]:
@@ -127,6 +134,14 @@ def test_a_wanted_version_is_loaded_and_answers_on_the_replicas_own_port(serving
     serving.want(version)
     serving.until(lambda: serving.holds(version), "the version was not loaded", 30)
     assert ids_of(serving.ask(version)) == Reference(serving.model, 1).greedy("Hello there", 12)
+
+
+def test_two_bases_answer_side_by_side_and_each_holds_its_own_versions_alone(serving: Serving) -> None:
+    own, other = serving.replicas()[0].versions, serving.replicas("other")[0].versions
+    assert other == (base_version(base_digest(serving.other_model)),)
+    assert not set(own) & set(other)
+    assert ids_of(serving.ask(other[0], base="other")) == Reference(serving.other_model).greedy("Hello there", 12)
+    assert ids_of(serving.ask(own[0])) == Reference(serving.model).greedy("Hello there", 12)
 
 
 def test_a_killed_replica_comes_back_with_its_versions(serving: Serving) -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from deploy import config
+from deploy import config, machine
 from deploy.config import Deployment, StackConfig
-from deploy.launch import CannotStart, check, only_one
+from deploy.launch import CannotStart, check, hold_port, only_one
 from deploy.programs import empty_shared_metrics, programs
 
 
@@ -103,6 +103,20 @@ def test_each_of_the_routers_workers_is_a_process_and_they_count_in_one_folder(d
     (Path(folder) / "counter_1.db").touch()
     empty_shared_metrics(several)
     assert list(Path(folder).iterdir()) == []
+
+
+def test_workers_said_in_the_environment_are_started_as_they_will_read_it(
+    deployment: Deployment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TIEBREAK_ROUTER_WORKERS", "2")
+    names = [program.name for program in programs(deployment)]
+    assert [name for name in names if name.startswith("router")] == ["router", "router-2"]
+
+
+def test_a_port_that_workers_share_is_in_use_for_another_stack(deployment: Deployment) -> None:
+    stack = with_stack(deployment, port=machine.free_port())
+    with hold_port(stack), pytest.raises(CannotStart, match="is in use"):
+        check(stack)
 
 
 def test_the_private_redis_syncs_every_write_and_listens_on_no_port(deployment: Deployment) -> None:

@@ -67,6 +67,14 @@ def test_a_verdict_retracted_before_training_is_dropped_and_told() -> None:
     assert not found.pending and found.dropped == [("preference-1", "retracted")]
 
 
+def test_a_retraction_that_overtakes_its_verdict_still_holds() -> None:
+    found = intake()
+    found.retract(retraction(1))
+    found = intake(found.state())
+    found.record(verdict(1))
+    assert not found.pending and not found.heldout
+
+
 def test_a_verdict_retracted_after_training_is_not_replayed_again() -> None:
     found = intake()
     found.record(verdict(1))

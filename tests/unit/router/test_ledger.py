@@ -7,13 +7,14 @@ from concurrent.futures import Future
 from typing import Any
 
 import pytest
+from prometheus_client import REGISTRY
 from redis.exceptions import ConnectionError as RedisAway
 
 from router.arms import Arm
 from router.exchange import Answer, Exchange
 from router.ledger import Ledger
 from router.schema import ChatRequest
-from serving.wire import Chunk, Sampling
+from serving.wire import Chunk, Sampling, TokenLogprob
 
 ARM = Arm("main", "tiny", "v", "stable", 1.0, 1.0)
 
@@ -55,7 +56,7 @@ class Log:
         return Future()
 
 
-def answered(ledger: Ledger, name: str) -> None:
+def answered(ledger: Ledger, name: str, *others: Answer) -> None:
     answer = Answer(name, ARM, Sampling(max_tokens=1), 0.0)
     answer.take(Chunk(0, "v", finish_reason="stop"), 1.0)
     exchange = Exchange(
@@ -69,7 +70,7 @@ def answered(ledger: Ledger, name: str) -> None:
         prompt=(),
         propensity=1.0,
     )
-    exchange.answers = exchange.shown = [answer]
+    exchange.answers = exchange.shown = list(others) or [answer]
     ledger.close_exchange(exchange)
 
 
@@ -103,3 +104,24 @@ async def test_what_cannot_be_written_is_let_go_and_the_next_answer_is_tried_aga
     answered(ledger, "two")
     await ledger.settled()
     assert len(redis.batches) == 1
+
+
+async def test_tokens_cost_what_their_variant_says_and_a_prompt_read_once_counts_once() -> None:
+    cheap, dear = (
+        Arm("cheap", "tiny", "v1", "stable", 1.0, 1.0, 2.0, 8.0),
+        Arm("dear", "big", "v2", "stable", 1.0, 1.0, 20.0, 80.0),
+    )
+    token = TokenLogprob(" word", 7, -0.5)
+    answers = []
+    for arm in (cheap, cheap, dear, ARM):
+        answer = Answer("x", arm, Sampling(max_tokens=3), 0.0)
+        answer.take(Chunk(0, arm.version, tokens=(token,) * 3, finish_reason="stop", prompt_tokens=100), 1.0)
+        answers.append(answer)
+    redis = Redis()
+    redis.let_go.set()
+    ledger = Ledger(Log(), redis, None, completion_ttl_s=60)  # type: ignore[arg-type]
+    answered(ledger, "one", *answers)
+    await ledger.settled()
+    spent = {name: REGISTRY.get_sample_value("tiebreak_cost_total", {"variant": name, "version": version})
+             for name, version in (("cheap", "v1"), ("dear", "v2"), ("main", "v"))}  # fmt: skip
+    assert spent == {"cheap": pytest.approx(248e-6), "dear": pytest.approx(2240e-6), "main": None}

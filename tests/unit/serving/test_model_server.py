@@ -11,7 +11,7 @@ import pytest
 from serving import errors
 from serving.config import BaseConfig, ServingConfig
 from serving.model_server import Choice, Failure, Logprobs, Model, base_model, failed, read_key, reason, refuse
-from serving.remote_engine import sampled
+from serving.remote_stream import sampled
 from telemetry.configuration import InvalidConfiguration, convert_table
 
 
@@ -58,6 +58,7 @@ def test_a_refusal_becomes_an_error_of_ours(status: int, body: bytes, kind: type
 def test_an_error_within_a_stream_means_what_its_code_says() -> None:
     assert type(failed(Failure("bad schema", code=400))) is errors.InvalidRequest
     assert type(failed(Failure("boom"))) is errors.EngineFailed
+    assert type(failed(Failure("boom", code="invalid_request_error"))) is errors.EngineFailed
 
 
 def test_a_reason_is_one_short_line() -> None:

@@ -58,6 +58,7 @@ TEXTS: dict[str, tuple[str, str, list[CalledTool]]] = {  # text, what is read of
     "arguments that are no object": (call(arguments='"x"'), call(arguments='"x"'), []),
     "a call cut short": ("So: " + call()[:-5], "So: " + call()[:-5], []),
     "one broken, one whole": (call("no") + " " + call(), call("no"), [BERN]),
+    "a mark that is only spoken of": ("Use <tool_call> like so: " + call(), "Use <tool_call> like so:", [BERN]),
     "nothing": ("", "", []),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -157,6 +158,19 @@ def test_the_key_is_made_once_and_is_private(tmp_path: Path) -> None:
     assert len(key) == 32
     assert signing_key(tmp_path) == key
     assert (tmp_path / "keys" / "signing.key").stat().st_mode & 0o077 == 0
+
+
+def test_processes_that_start_together_get_one_key(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(16) as pool:
+        assert len(set(pool.map(lambda _: signing_key(tmp_path), range(64)))) == 1
+    assert [path.name for path in (tmp_path / "keys").iterdir()] == ["signing.key"]
+
+
+def test_a_torn_key_is_no_key(tmp_path: Path) -> None:
+    signing_key(tmp_path)
+    (tmp_path / "keys" / "signing.key").write_bytes(b"")
+    with pytest.raises(ValueError, match="0 bytes instead of 32"):
+        signing_key(tmp_path)
 
 
 def test_replicas_must_hold_every_channel_but_not_the_base() -> None:
