@@ -12,13 +12,18 @@ A docstring is the default message. Messages never echo what the client sent, bu
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import msgspec
+import msgspec.inspect
 
 _UNKNOWN_FIELD = re.compile(r"unknown field `(?P<name>[^`]*)`")
 _MISSING_FIELD = re.compile(r"missing required field `(?P<name>[^`]*)`")
 _PLACE = re.compile(r" - at `(?:key` in `)?(?P<place>.*?)(?:\[\.\.\.\])?`$", re.S)
+_INDEX = re.compile(r"\[(?:\d+|\.\.\.)\]")
 _SAFE_NAME = re.compile(r"^[A-Za-z0-9_.\[\]-]{1,80}$")
 
 
@@ -161,8 +166,10 @@ class DeadlineExceeded(RouterError):
     status, type, code = 504, "timeout_error", "deadline_exceeded"
 
 
-def invalid_body(error: msgspec.DecodeError, neutral_only: frozenset[str] = frozenset()) -> InvalidRequest:
-    """A 400 that names the field and what was expected, and repeats nothing of the body.
+def invalid_body(
+    error: msgspec.DecodeError, cls: type[msgspec.Struct], neutral_only: frozenset[str] = frozenset()
+) -> InvalidRequest:
+    """A 400 that names the field and what was expected of a ``cls``, and repeats nothing of the body.
 
     ``neutral_only`` are fields that are known but unsupported: only their neutral value is accepted.
     """
@@ -182,9 +189,33 @@ def invalid_body(error: msgspec.DecodeError, neutral_only: frozenset[str] = froz
     if where.rsplit(".", 1)[-1] in neutral_only:
         return UnsupportedParameter(param=_param("", where))
     if reason.startswith(("Invalid enum value", "Invalid value")):
-        reason = "This is not one of the supported values"
+        allowed = ", ".join(json.dumps(value) for value in _allowed(cls, where))
+        reason = f"This is not one of the supported values{': ' if allowed else ''}{allowed}"
     param = _param("", where)
     return InvalidRequest(f"{reason} (field {param or 'body'}).", param=param, code="invalid_value")
+
+
+def _allowed(cls: type[msgspec.Struct], where: str) -> list[Any]:
+    """The values that the field at ``where`` (``a.b[0].c``) may have; empty where they are not enumerated."""
+    types: list[Any] = [msgspec.inspect.type_info(cls)]
+    tags: list[Any] = []
+    for name in _INDEX.sub("", where).split("."):
+        kinds = list(_flat(types))
+        tags = [kind.tag for kind in kinds if getattr(kind, "tag_field", None) == name]
+        types = [f.type for kind in kinds for f in getattr(kind, "fields", ()) if f.encode_name == name]
+    literals = [kind for kind in _flat(types) if isinstance(kind, msgspec.inspect.LiteralType)]
+    return list(dict.fromkeys([*tags, *(value for literal in literals for value in literal.values)]))
+
+
+def _flat(types: Iterable[Any]) -> Iterator[Any]:
+    """Unions and arrays taken apart."""
+    for kind in types:
+        if isinstance(kind, msgspec.inspect.UnionType):
+            yield from _flat(kind.types)
+        elif inner := getattr(kind, "item_type", None):
+            yield from _flat((inner,))
+        else:
+            yield kind
 
 
 def _param(where: str, name: str) -> str | None:

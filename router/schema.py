@@ -642,7 +642,7 @@ def decode(body: bytes, cls: type[Body]) -> Body:
     try:
         record: Body = decoder.decode(body)
     except msgspec.DecodeError as error:
-        raise invalid_body(error, NEUTRAL_ONLY) from error
+        raise invalid_body(error, cls, NEUTRAL_ONLY) from error
     except UnicodeDecodeError as error:
         raise InvalidRequest("The body is not UTF-8.", code="invalid_json") from error
     except RecursionError as error:

@@ -258,3 +258,20 @@ def test_a_response_format_becomes_the_schema_that_the_engine_holds() -> None:
         plain = read(response_format={"type": kind}).response_format
         assert plain is not None
         assert plain.schema_text == text
+
+
+@pytest.mark.parametrize(
+    ("change", "allowed"),
+    [
+        ({"preference": {"pair": "maybe"}}, '"always", "auto", "never"'),
+        ({"tool_choice": "must"}, '"auto", "none", "required"'),
+        ({"messages": [{"role": "usr", "content": "x"}]}, '"system", "developer", "user", "assistant", "tool"'),
+        ({"messages": [{"role": "user", "content": [{"type": "image", "text": "x"}]}]}, '"text"'),
+        ({"response_format": {"type": "xml"}}, '"text", "json_object", "json_schema"'),
+    ],
+)
+def test_a_value_that_is_none_of_the_supported_ones_is_told_which_these_are(change: dict[str, Any], allowed: str) -> None:
+    body = {"model": "chat", "messages": [{"role": "user", "content": "x"}]} | change
+    with pytest.raises(InvalidRequest) as refusal:
+        decode(msgspec.json.encode(body), ChatRequest)
+    assert f"one of the supported values: {allowed} (field" in str(refusal.value)
