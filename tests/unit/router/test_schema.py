@@ -270,7 +270,7 @@ def test_a_response_format_becomes_the_schema_that_the_engine_holds() -> None:
         ({"response_format": {"type": "xml"}}, '"text", "json_object", "json_schema"'),
     ],
 )
-def test_a_value_that_is_none_of_the_supported_ones_is_told_which_these_are(change: dict[str, Any], allowed: str) -> None:
+def test_a_value_that_is_not_supported_is_told_which_are(change: dict[str, Any], allowed: str) -> None:
     body = {"model": "chat", "messages": [{"role": "user", "content": "x"}]} | change
     with pytest.raises(InvalidRequest) as refusal:
         decode(msgspec.json.encode(body), ChatRequest)
