@@ -64,9 +64,11 @@ class Ours:
     def __init__(self, engine: TransformersEngine) -> None:
         self.engine = engine
 
-    async def ask(self, number: int, version: str, *, new: int = NEW, n: int = 1) -> list[list[int]]:
-        """Greedy token ids of each completion; a pair is sampled, so that its sides differ."""
-        sampling = Sampling(max_tokens=new, temperature=0.0 if n == 1 else 1.0, top_p=1.0, seed=number)
+    async def ask(
+        self, number: int, version: str, *, new: int = NEW, n: int = 1, temperature: float = 0.0
+    ) -> list[list[int]]:
+        """Token ids of each completion."""
+        sampling = Sampling(max_tokens=new, temperature=temperature, top_p=1.0, seed=number)
         messages = (Message("user", prompt(number)),)
         request = GenerateRequest(f"bench-{number}", version, messages, sampling, n=n, deadline_s=600.0)
         ids: list[list[int]] = [[] for _ in range(n)]
@@ -171,7 +173,7 @@ async def throughput(ours: Ours, theirs: list[Theirs], names: list[str]) -> list
 
 
 async def pairs(ours: Ours, names: list[str]) -> list[dict[str, Any]]:
-    """Seconds until both answers of a pair are whole, against one answer."""
+    """Seconds until both answers of a pair are whole, against one answer; all sampled, for so many tokens as asked."""
     seconds: dict[str, list[float]] = {"single": [], "same version": [], "two versions": []}
     for index in range(ROUNDS):
         first = 1000 + 10 * index
@@ -182,8 +184,10 @@ async def pairs(ours: Ours, names: list[str]) -> list[dict[str, Any]]:
         }
         for kind, sides in kinds.items():
             start = time.perf_counter()
-            await asyncio.gather(*(ours.ask(number, name, new=PAIR_NEW, n=n) for number, name, n in sides))
-            seconds[kind].append(time.perf_counter() - start)
+            asked = (ours.ask(number, name, new=PAIR_NEW, n=n, temperature=1.0) for number, name, n in sides)
+            answers = [side for sides_of_one in await asyncio.gather(*asked) for side in sides_of_one]
+            longest = max(map(len, answers))  # some end by themselves, before PAIR_NEW
+            seconds[kind].append((time.perf_counter() - start) * PAIR_NEW / longest)
     middle = {kind: statistics.median(values) for kind, values in seconds.items()}
     return [
         record.row(f"latency of a pair, {kind}, against one answer", middle[kind] / middle["single"], "×", bar=bar,
