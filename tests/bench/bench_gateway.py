@@ -175,8 +175,8 @@ def wrk(url: str, body: dict[str, Any], folder: Path) -> float:
     lines = ['wrk.method = "POST"', f"wrk.body = [[{json.dumps(body)}]]"]
     lines += ['wrk.headers["Content-Type"] = "application/json"', f'wrk.headers["Authorization"] = "Bearer {KEY}"']
     script.write_text("\n".join(lines))
-    command = ["taskset", "-c", OTHER_CORE, "wrk", "-t1", f"-c{CONNECTIONS}", f"-d{ROUND_S}s", "-s", str(script)]
-    out = subprocess.run([*command, url], capture_output=True, text=True, check=True).stdout
+    command = ["taskset", "-c", OTHER_CORE, "wrk", "-t1", f"-c{CONNECTIONS}", f"-d{ROUND_S}s", "--timeout", "10s"]
+    out = subprocess.run([*command, "-s", str(script), url], capture_output=True, text=True, check=True).stdout
     if "Non-2xx" in out or "Socket errors" in out:
         raise RuntimeError(f"{url}: {out}")
     found = re.search(r"Requests/sec:\s+([\d.]+)", out)
