@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from random import Random, SystemRandom
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from serving.prompts import PromptEncoder
 from serving.safety import OutputFilter
@@ -16,7 +16,8 @@ from serving.sampling_rules import Rule, Sampled
 from serving.scheduler import Sequence
 from serving.text_stream import Detokenizer, OutputText
 from serving.tool_calls import CallReader
-from serving.wire import Chunk, FinishReason, GenerateRequest, TokenLogprob, TopLogprob
+from serving.wire import Chunk, FinishReason, GenerateRequest, Sampling, TokenLogprob, TopLogprob
+from telemetry.events import Message
 
 if TYPE_CHECKING:
     from serving.shaping import Shaping
@@ -55,6 +56,30 @@ class Ticket:
         """The chunks made since the last take."""
         chunks, self._chunks = self._chunks, []
         return chunks
+
+
+class Arrivals:
+    """A ticket's chunks as they arrive, iterated once; a stream is this and a way to end it."""
+
+    def __init__(self, ticket: Ticket) -> None:
+        self._ticket = ticket
+        self._left = ticket.request.n
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Chunk:
+        if not self._left:
+            raise StopAsyncIteration
+        chunk = await self._ticket.arrived.get()
+        self._left -= chunk.finish_reason is not None
+        return chunk
+
+
+def warm_request(version: str, deadline_s: float) -> GenerateRequest:
+    """One token that nobody sees."""
+    sampling = Sampling(max_tokens=1, temperature=0.0)
+    return GenerateRequest(f"warm-{version}", version, (Message("user", "Hello"),), sampling, deadline_s=deadline_s)
 
 
 class Completion:

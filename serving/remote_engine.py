@@ -18,7 +18,7 @@ from pathlib import Path
 import msgspec
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-from serving.completions import Ticket
+from serving.completions import Ticket, warm_request
 from serving.config import BaseConfig
 from serving.engine import ChunkStream, EngineStatus, check_request
 from serving.errors import (
@@ -40,9 +40,8 @@ from serving.prompts import PromptEncoder
 from serving.remote_stream import RemoteStream
 from serving.safety import OutputFilter
 from serving.slots import SlotTable
-from serving.wire import GenerateRequest, Sampling
+from serving.wire import GenerateRequest
 from telemetry.conversation import needs_tools
-from telemetry.events import Message
 from telemetry.manifest import VERSION_PATTERN, Manifest, base_version
 from telemetry.metrics import TOKENS
 
@@ -87,7 +86,7 @@ class RemoteEngine:
         self._server.open()
         try:
             await self._meet()
-        except BaseException:
+        except BaseException:  # re-raised: no connection stays open
             await self._server.close()
             raise
         self._looking = asyncio.create_task(self._look_for_ever())
@@ -130,7 +129,7 @@ class RemoteEngine:
         stream = self._accept(request)
         try:
             await stream.accepted()
-        except BaseException:
+        except BaseException:  # re-raised: the server is told to stop
             await stream.aclose()
             raise
         return stream
@@ -244,7 +243,7 @@ class RemoteEngine:
             async with self._changing:
                 await self._load_there(version)
             await self._warm(version)
-        except BaseException as error:
+        except BaseException as error:  # re-raised: nothing of the version stays
             with suppress(ServingError):
                 await self._forget(version)
             self._slots.fail(version, str(error) or type(error).__name__)
@@ -262,13 +261,7 @@ class RemoteEngine:
 
     async def _warm(self, version: str) -> None:
         """One token that nobody sees; raises VersionRefused or UnsupportedModel when it does not come right."""
-        request = GenerateRequest(
-            request_id=f"warm-{version}",
-            version=version,
-            messages=(Message("user", "Hello"),),
-            sampling=Sampling(max_tokens=1, temperature=0.0),
-            deadline_s=self._config.load_timeout_s,
-        )
+        request = warm_request(version, self._config.load_timeout_s)
         stream = self._accept(request, is_warming=version != self.base_version)
         async with aclosing(stream):
             chunks = [chunk async for chunk in stream]

@@ -10,11 +10,11 @@ import logging
 import math
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from typing import Protocol, Self
+from typing import Protocol
 
 import msgspec
 
-from serving.completions import Completion, Ticket
+from serving.completions import Arrivals, Completion, Ticket
 from serving.errors import EngineFailed, ServingError, UnsupportedModel
 from serving.model_server import Choice, Event
 from serving.prompts import PromptEncoder
@@ -46,14 +46,13 @@ class Owner(Protocol):
         """The last completion is over."""
 
 
-class RemoteStream:
+class RemoteStream(Arrivals):
     """The chunks of one request, as they come."""
 
     def __init__(self, owner: Owner, ticket: Ticket, prompts: PromptEncoder, output_filter: OutputFilter) -> None:
-        self.request = ticket.request
+        super().__init__(ticket)
+        self.request, self._owner = ticket.request, owner
         self.failure: ServingError | None = None
-        self._owner, self._ticket = owner, ticket
-        self._left = ticket.request.n
         loop = asyncio.get_running_loop()
         self._completions = ticket.begin(prompts, output_filter)
         self._accepted = [loop.create_future() for _ in self._completions]
@@ -67,16 +66,6 @@ class RemoteStream:
         for future in self._accepted:
             if (error := future.result()) is not None:
                 raise error
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> Chunk:
-        if not self._left:
-            raise StopAsyncIteration
-        chunk = await self._ticket.arrived.get()
-        self._left -= chunk.finish_reason is not None
-        return chunk
 
     async def aclose(self) -> None:
         await self.end()

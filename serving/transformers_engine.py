@@ -14,14 +14,13 @@ import threading
 import time
 from functools import partial
 from pathlib import Path
-from typing import Self
 
 import torch
 from llguidance import LLMatcher
 from transformers import AutoTokenizer
 
 from serving.adapters import load_adapter
-from serving.completions import Completion, Ticket
+from serving.completions import Arrivals, Completion, Ticket, warm_request
 from serving.config import BaseConfig
 from serving.engine import ChunkStream, EngineStatus, check_request
 from serving.errors import (
@@ -39,12 +38,12 @@ from serving.sampling import sample
 from serving.scheduler import Plan, Scheduler, Sequence
 from serving.shaping import Guides
 from serving.slots import SlotTable
-from serving.wire import Chunk, GenerateRequest, Sampling
-from telemetry.events import Message
+from serving.wire import Chunk, GenerateRequest
 from telemetry.manifest import Manifest, base_version
 from telemetry.metrics import TOKENS
 
 log = logging.getLogger(__name__)
+WARM_S = 60.0  # a new version's first token may take this long
 
 
 class TransformersEngine:
@@ -150,14 +149,7 @@ class TransformersEngine:
 
     async def _warm(self, version: str) -> None:
         """One token from a version nobody sees yet; raises VersionRefused when it is not a number."""
-        request = GenerateRequest(
-            request_id=f"warm-{version}",
-            version=version,
-            messages=(Message("user", "Hello"),),
-            sampling=Sampling(max_tokens=1, temperature=0.0),
-            deadline_s=60.0,
-        )
-        stream = self._accept(request, is_warming=True)
+        stream = self._accept(warm_request(version, WARM_S), is_warming=True)
         chunks = [chunk async for chunk in stream]
         if chunks[-1].finish_reason in ("error", "cancelled"):
             raise VersionRefused(f"{version}: the first token failed: {chunks[-1].error or 'cancelled'}")
@@ -292,23 +284,12 @@ class TransformersEngine:
             self._loop.call_soon_threadsafe(_deliver, deliveries)
 
 
-class _Stream:
-    """One request's chunks as they arrive."""
+class _Stream(Arrivals):
+    """One request's chunks; closing it cancels what is left."""
 
     def __init__(self, engine: TransformersEngine, ticket: Ticket) -> None:
+        super().__init__(ticket)
         self._cancel = partial(engine.cancel, ticket)
-        self._ticket = ticket
-        self._left = ticket.request.n
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> Chunk:
-        if not self._left:
-            raise StopAsyncIteration
-        chunk = await self._ticket.arrived.get()
-        self._left -= chunk.finish_reason is not None
-        return chunk
 
     async def aclose(self) -> None:
         if self._left:

@@ -9,6 +9,7 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
+from deploy.release.controller import reconcile
 from deploy.release.machine import advance, due_probe
 from deploy.release.state import (
     Canary,
@@ -627,3 +628,15 @@ def test_advancing_twice_with_nothing_new_changes_nothing() -> None:
     world = World(story.now_s, story.ready)
     once, changes = advance(story.state, Tick(), world, LIMITS)
     assert (once, changes) == (story.state, ())
+
+
+def test_a_trial_that_is_not_known_leaves_the_route() -> None:
+    """As an older program would have saved it: nobody would judge it, and it would keep its users."""
+    story = Story()
+    story.to_canary(V1)
+    story.prove(V2, V1)
+    saved = replace(story.state, canary=None, shadow=None)
+    kept = reconcile({"chat-main": story.state}, LIMITS, {"tiny": BASE})["chat-main"]
+    cleared = reconcile({"chat-main": saved}, LIMITS, {"tiny": BASE})["chat-main"]
+    assert (kept.route.canary, kept.route.shadow) == (V1, V2)
+    assert (cleared.route.canary, cleared.route.canary_ratio, cleared.route.shadow) == ("", 0.0, "")
