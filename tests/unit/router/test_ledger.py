@@ -12,7 +12,7 @@ from redis.exceptions import ConnectionError as RedisAway
 
 from router.arms import Arm
 from router.exchange import Answer, Exchange
-from router.ledger import Ledger
+from router.ledger import Ledger, found_soon
 from router.schema import ChatRequest
 from serving.wire import Chunk, Sampling, TokenLogprob
 
@@ -125,3 +125,23 @@ async def test_tokens_cost_what_their_variant_says_and_a_prompt_read_once_counts
     spent = {name: REGISTRY.get_sample_value("tiebreak_cost_total", {"variant": name, "version": version})
              for name, version in (("cheap", "v1"), ("dear", "v2"), ("main", "v"))}  # fmt: skip
     assert spent == {"cheap": pytest.approx(248e-6), "dear": pytest.approx(2240e-6), "main": None}
+
+
+async def test_what_another_worker_writes_behind_its_answer_is_found_a_moment_later() -> None:
+    tries: list[bytes | None] = [None, b"written meanwhile", b"not asked for"]
+
+    async def find() -> bytes | None:
+        return tries.pop(0)
+
+    assert await found_soon(find) == b"written meanwhile"
+    assert tries == [b"not asked for"]
+
+
+async def test_what_nobody_wrote_is_looked_for_twice_and_no_more() -> None:
+    tries: list[bytes | None] = [None, None, b"too late"]
+
+    async def find() -> bytes | None:
+        return tries.pop(0)
+
+    assert await found_soon(find) is None
+    assert tries == [b"too late"]
