@@ -228,7 +228,11 @@ def hold_port(deployment: Deployment) -> socket.socket:
     held = socket.socket(socket.AF_INET6 if ":" in stack.host else socket.AF_INET)
     held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     try:
-        held.bind((stack.host, stack.port))
+        try:
+            held.bind((stack.host, stack.port))
+        except OSError:  # connections of an earlier stack linger: then the port is shared with whoever takes it, too
+            held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            held.bind((stack.host, stack.port))
     except OSError as error:
         held.close()
         raise CannotStart(f"port {stack.port} of {stack.host} cannot be had: {error.strerror}") from error

@@ -119,6 +119,19 @@ def test_a_port_that_workers_share_is_in_use_for_another_stack(deployment: Deplo
         check(stack)
 
 
+def test_workers_start_where_connections_of_an_earlier_stack_linger(deployment: Deployment) -> None:
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", port)):
+            listener.accept()[0].close()  # it closes first: its end lingers
+    stack = with_stack(deployment, port=port)
+    check(stack)
+    hold_port(stack).close()
+
+
 def test_the_private_redis_syncs_every_write_and_listens_on_no_port(deployment: Deployment) -> None:
     words = programs(deployment)[0].command
     options = dict(zip(words[1::2], words[2::2], strict=True))
