@@ -18,6 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 from serving.errors import UnsupportedModel
 from serving.kv import ATTENTION, KvRows, Prompt, StepKv
 from serving.lora import LoraStack
+from serving.product import Head, product
 from serving.scheduler import Plan, Sequence, Work
 
 CHECKED_TOKENS = 24
@@ -45,6 +46,8 @@ class Runner:
         self.max_context = min(max_context, int(config.max_position_embeddings))
         expected = self._reference_logits()
         self.lora = LoraStack(self.model, slots=slots, rank_max=rank_max, dtype=dtype)
+        head = self.model.get_output_embeddings()
+        self.model.set_output_embeddings(Head(product(head.weight.data, head.bias)))
         self.model.set_attn_implementation(ATTENTION)
         self.kv = KvRows(
             layers=config.num_hidden_layers,

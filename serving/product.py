@@ -1,0 +1,50 @@
+"""The product with a wide weight, in the form that is quickest on the device.
+
+On a processor a decoding step waits for the weights to come from memory. MKL's float32 product reads them at full
+width, and takes for two tokens nearly twice as long as for one. FBGEMM's reads them in half precision, once for up to
+six tokens, and still multiplies and sums in float32. It is used where half precision holds the weights as they are:
+every checkpoint in bfloat16 or float16 (DECISIONS.md has the measurements).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+Product = Callable[[Tensor], Tensor]
+
+HALF_STEP = 2.0**-25  # half of the step between the smallest halves: the most that a bfloat16 weight loses
+SLICE_ROWS = 4096  # looked at together, so that a vocabulary's width needs no second copy
+
+
+def product(weight_OI: Tensor, bias_O: Tensor | None = None) -> Product:
+    """``x[…, I] → x @ weightᵀ + bias``; the weight may be let go where it is kept packed."""
+    if not is_held_by_halves(weight_OI):
+        return partial(linear, weight=weight_OI, bias=bias_O)
+    ops: Any = torch.ops.quantized
+    packed = ops.linear_prepack_fp16(weight_OI.contiguous(), bias_O)
+    multiply: Callable[[Tensor, Any], Tensor] = ops.linear_dynamic_fp16.default
+    return lambda x: multiply(x, packed)
+
+
+def is_held_by_halves(weight_OI: Tensor) -> bool:
+    """Whether FBGEMM is there for this weight, and half precision changes none of its values by more than a hair."""
+    if weight_OI.device.type != "cpu" or weight_OI.dtype != torch.float32:
+        return False
+    if "fbgemm" not in torch.backends.quantized.supported_engines:
+        return False
+    parts = torch.split(weight_OI, SLICE_ROWS)
+    return all(bool(((part - part.half().float()).abs() <= HALF_STEP).all()) for part in parts)
+
+
+class Head(nn.Module):
+    """Stands where the model's output embedding stood."""
+
+    def __init__(self, multiply: Product) -> None:
+        super().__init__()
+        self.forward = multiply
