@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import os
 import statistics
 import tempfile
 import time
@@ -37,6 +36,7 @@ RANK, SCALING, VERSIONS, ROUNDS, NEW = 16, 2.0, 8, 5, 32
 ADAPTER_SIZE = 0.02  # of both factors' entries: a nudge, as training leaves it
 BATCH = 16
 PAIR_NEW = 64
+THREADS = 1  # as in deploy/local.toml; on two shared cores two were slower for both sides
 WORDS = "the sea in winter, a letter to a friend, bread and salt, how rain forms, old maps, a quiet street at night"
 TASKS = ("Tell me about", "Write a story about", "Explain", "Give advice on")
 
@@ -65,10 +65,11 @@ class Ours:
         self.engine = engine
 
     async def ask(
-        self, number: int, version: str, *, new: int = NEW, n: int = 1, temperature: float = 0.0
+        self, number: int, version: str, *, new: int = NEW, n: int = 1, temperature: float = 0.0, endless: bool = False
     ) -> list[list[int]]:
-        """Token ids of each completion."""
-        sampling = Sampling(max_tokens=new, temperature=temperature, top_p=1.0, seed=number)
+        """Token ids of each completion; ``endless`` keeps the model from ending it early."""
+        bias = dict.fromkeys(self.engine._prompts.end_ids, -100.0) if endless else {}
+        sampling = Sampling(max_tokens=new, temperature=temperature, top_p=1.0, seed=number, logit_bias=bias)
         messages = (Message("user", prompt(number)),)
         request = GenerateRequest(f"bench-{number}", version, messages, sampling, n=n, deadline_s=600.0)
         ids: list[list[int]] = [[] for _ in range(n)]
@@ -110,8 +111,7 @@ class Theirs:
 
 async def main() -> None:
     model = prepare_model(MODEL, model_cache())
-    threads = len(os.sched_getaffinity(0))
-    options = BaseConfig(threads=threads, max_context=512, max_batch=BATCH, slots=VERSIONS, cache_rows=0)
+    options = BaseConfig(threads=THREADS, max_context=512, max_batch=BATCH, slots=VERSIONS, cache_rows=0)
     engine = TransformersEngine(model, base_digest(model), "tiny", options, OutputFilter(()))
     await engine.start()
     ours = Ours(engine)
@@ -173,7 +173,7 @@ async def throughput(ours: Ours, theirs: list[Theirs], names: list[str]) -> list
 
 
 async def pairs(ours: Ours, names: list[str]) -> list[dict[str, Any]]:
-    """Seconds until both answers of a pair are whole, against one answer; all sampled, for so many tokens as asked."""
+    """Seconds until both answers of a pair are whole, against one answer; all sampled, and none ends early."""
     seconds: dict[str, list[float]] = {"single": [], "same version": [], "two versions": []}
     for index in range(ROUNDS):
         first = 1000 + 10 * index
@@ -184,10 +184,12 @@ async def pairs(ours: Ours, names: list[str]) -> list[dict[str, Any]]:
         }
         for kind, sides in kinds.items():
             start = time.perf_counter()
-            asked = (ours.ask(number, name, new=PAIR_NEW, n=n, temperature=1.0) for number, name, n in sides)
+            asked = [
+                ours.ask(number, name, new=PAIR_NEW, n=n, temperature=1.0, endless=True) for number, name, n in sides
+            ]
             answers = [side for sides_of_one in await asyncio.gather(*asked) for side in sides_of_one]
-            longest = max(map(len, answers))  # some end by themselves, before PAIR_NEW
-            seconds[kind].append((time.perf_counter() - start) * PAIR_NEW / longest)
+            seconds[kind].append(time.perf_counter() - start)
+            assert {len(answer) for answer in answers} == {PAIR_NEW}
     middle = {kind: statistics.median(values) for kind, values in seconds.items()}
     return [
         record.row(f"latency of a pair, {kind}, against one answer", middle[kind] / middle["single"], "×", bar=bar,
