@@ -2,14 +2,51 @@
 
 A request's head must be here in time and small. After an early answer (413) the rest of the body must come in time too.
 A body that the application waits for is its own business (``read_body``): to that an answer can be sent.
+An answer's head leaves together with what is written right behind it: one write, and one time that the client wakes.
 """
 
 from __future__ import annotations
 
 import asyncio
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+
+class HeadAndBody:
+    """A transport that holds an answer's head back until the next write, or to the end of the loop's turn.
+
+    uvloop writes at once and uvicorn writes the head alone, so that a client wakes for a head without its body.
+    """
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+        self._transport = transport
+        self._loop = loop
+        self._head = b""
+
+    def write(self, data: bytes) -> None:
+        """As a transport's; nothing is ever sent out of order."""
+        if self._head:
+            head, self._head = self._head, b""
+            self._transport.writelines((head, data))
+        elif data.startswith(b"HTTP/1.1 "):
+            self._head = data
+            self._loop.call_soon(self._let_go)
+        else:
+            self._transport.write(data)
+
+    def close(self) -> None:
+        """As a transport's: what was written before it is sent."""
+        self._let_go()
+        self._transport.close()
+
+    def _let_go(self) -> None:
+        if self._head:
+            head, self._head = self._head, b""
+            self._transport.write(head)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
 
 
 class PatientProtocol(HttpToolsProtocol):
@@ -24,7 +61,7 @@ class PatientProtocol(HttpToolsProtocol):
     _head_bytes = 0  # of the one that is not
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
+        super().connection_made(HeadAndBody(transport, self.loop))  # type: ignore[arg-type]
         self._wait()
 
     def connection_lost(self, exc: Exception | None) -> None:
