@@ -25,28 +25,44 @@ class HeadAndBody:
         self._head = b""
 
     def write(self, data: bytes) -> None:
-        """As a transport's; nothing is ever sent out of order."""
-        if self._head:
-            head, self._head = self._head, b""
-            self._transport.writelines((head, data))
-        elif data.startswith(b"HTTP/1.1 "):
+        """As a transport's, in the same order."""
+        if not self._head and data.startswith(b"HTTP/1.1 "):
             self._head = data
             self._loop.call_soon(self._let_go)
         else:
-            self._transport.write(data)
+            head, self._head = self._head, b""
+            self._transport.write(head + data)
 
     def close(self) -> None:
         """As a transport's: what was written before it is sent."""
         self._let_go()
         self._transport.close()
 
+    def forget(self) -> None:
+        """The connection is lost: a closed transport must not be written to."""
+        self._head = b""
+
     def _let_go(self) -> None:
         if self._head:
             head, self._head = self._head, b""
             self._transport.write(head)
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._transport, name)
+    # what else uvicorn asks a transport for; nothing that could overtake the head is among it
+
+    def is_closing(self) -> bool:
+        return self._transport.is_closing()
+
+    def pause_reading(self) -> None:
+        self._transport.pause_reading()
+
+    def resume_reading(self) -> None:
+        self._transport.resume_reading()
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        return self._transport.get_extra_info(name, default)
+
+    def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
+        self._transport.set_protocol(protocol)
 
 
 class PatientProtocol(HttpToolsProtocol):
@@ -61,11 +77,13 @@ class PatientProtocol(HttpToolsProtocol):
     _head_bytes = 0  # of the one that is not
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(HeadAndBody(transport, self.loop))  # type: ignore[arg-type]
+        self._joined = HeadAndBody(transport, self.loop)
+        super().connection_made(self._joined)  # type: ignore[arg-type]
         self._wait()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()
+        self._joined.forget()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:

@@ -121,8 +121,8 @@ class LoraStack:
         self.ranks = [0] * (slots + 1)
         self.segments: list[Segment] = []
         self.targets: dict[str, tuple[FusedLinear, int]] = {}
-        for name, parent in list(model.named_modules()):
-            self._fuse_children(name, parent, keep=model.get_output_embeddings())  # type: ignore[operator]
+        for name in [name for name, _ in model.named_modules()]:  # by name: what is fused can go, one group at a time
+            self._fuse_children(name, model.get_submodule(name), keep=model.get_output_embeddings())  # type: ignore[operator]
 
     def _fuse_children(self, name: str, parent: nn.Module, keep: nn.Module) -> None:
         linears = {k: m for k, m in parent.named_children() if type(m) is nn.Linear and m is not keep}

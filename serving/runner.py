@@ -18,7 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 from serving.errors import UnsupportedModel
 from serving.kv import ATTENTION, KvRows, Prompt, StepKv
 from serving.lora import LoraStack
-from serving.product import Head, product
+from serving.product import Head, is_held_by_halves
 from serving.scheduler import Plan, Sequence, Work
 
 CHECKED_TOKENS = 24
@@ -47,7 +47,8 @@ class Runner:
         expected = self._reference_logits()
         self.lora = LoraStack(self.model, slots=slots, rank_max=rank_max, dtype=dtype)
         head = self.model.get_output_embeddings()
-        self.model.set_output_embeddings(Head(product(head.weight.data, head.bias)))
+        if type(head) is torch.nn.Linear and is_held_by_halves(head.weight.data):
+            self.model.set_output_embeddings(Head(head))
         self.model.set_attn_implementation(ATTENTION)
         self.kv = KvRows(
             layers=config.num_hidden_layers,

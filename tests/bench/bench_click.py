@@ -13,7 +13,7 @@ import os
 import statistics
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
 
@@ -70,19 +70,19 @@ async def main() -> None:
         rounds = [await clicks(api, state, str(number)) for number in range(ROUNDS)]
     acknowledged = [second for one in rounds for second in one.acknowledged]
     synced = [second for one in rounds for second in one.synced]
-    row = record.row(
-        "click acknowledged, trainer idle, p99",
-        statistics.median(one.p99_ms() for one in rounds),
-        "ms",
-        bar=20.0,
-        better="lower",
+    detail: dict[str, Any] = dict(
         p99_ms_of_rounds=[one.p99_ms() for one in rounds],
         stolen_of_rounds=[one.stolen for one in rounds],
         **_quantiles("click", acknowledged),
         **_quantiles("synced_write", synced),
         clicks=ROUNDS * CLICKS,
     )
-    record.save("click", "make bench-click", [row])
+    name, middle = "click acknowledged, trainer idle, p99", statistics.median(one.p99_ms() for one in rounds)
+    rows = [
+        record.row(f"{name}, median of {ROUNDS} rounds", middle, "ms", bar=20.0, better="lower", **detail),
+        record.row(f"{name} of all clicks", detail["click_p99_ms"], "ms", bar=20.0, better="lower", **detail),
+    ]
+    record.save("click", "make bench-click", rows)
 
 
 def _quantiles(name: str, seconds: list[float]) -> dict[str, float]:

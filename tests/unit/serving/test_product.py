@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
-from serving.product import is_held_by_halves, product
+from serving.product import Head, is_held_by_halves, product
 
 needs_fbgemm = pytest.mark.skipif(
     "fbgemm" not in torch.backends.quantized.supported_engines, reason="this processor has no FBGEMM"
@@ -25,14 +25,23 @@ def test_a_checkpoint_of_two_bytes_is_packed(dtype: torch.dtype) -> None:
     assert is_held_by_halves(weight(24, 16, dtype))
 
 
+@needs_fbgemm
 def test_a_checkpoint_of_four_bytes_is_not() -> None:
     assert not is_held_by_halves(weight(24, 16, torch.float32))
 
 
-def test_one_value_too_large_for_a_half_keeps_the_weight_as_it_is() -> None:
+@needs_fbgemm
+@pytest.mark.parametrize("value", [70_000.0, float("nan")])
+def test_one_value_that_is_no_half_keeps_the_weight_as_it_is(value: float) -> None:
     wide = weight(5000, 8)
-    wide[4999, 7] = 70_000.0
+    wide[4999, 7] = value
     assert not is_held_by_halves(wide)
+
+
+@needs_fbgemm
+def test_small_weights_are_judged_by_their_own_size() -> None:
+    assert is_held_by_halves(weight(24, 16) * 2**-6)
+    assert not is_held_by_halves(weight(24, 16) * 2**-16)  # all of them below the smallest normal half
 
 
 def test_weights_of_another_type_are_multiplied_as_they_are() -> None:
@@ -42,13 +51,14 @@ def test_weights_of_another_type_are_multiplied_as_they_are() -> None:
 
 
 @needs_fbgemm
-@pytest.mark.parametrize("tokens", [1, 2, 6, 7, 33])
+@pytest.mark.parametrize("tokens", [0, 1, 2, 6, 7, 33])
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_packed_products_are_the_float32_ones(tokens: int, has_bias: bool) -> None:
     wide = weight(70, 48)
     bias = torch.randn(70) if has_bias else None
     x = torch.randn(1, tokens, 48)
 
+    assert is_held_by_halves(wide)
     got = product(wide, bias)(x)
 
     assert got.shape == (1, tokens, 70)
@@ -56,7 +66,12 @@ def test_packed_products_are_the_float32_ones(tokens: int, has_bias: bool) -> No
 
 
 @needs_fbgemm
-def test_the_weights_tiny_values_are_lost_by_a_hair_only() -> None:
-    tiny = torch.full((8, 8), 1e-8)
-    got = product(tiny)(torch.ones(1, 8))
-    assert float((got - 8e-8).abs().max()) <= 8 * 2**-25
+def test_a_head_with_a_bias_keeps_its_weight_to_look_at() -> None:
+    plain = torch.nn.Linear(16, 24)
+    plain.weight.data = weight(24, 16)
+    x = torch.randn(1, 2, 16)
+
+    head = Head(plain)
+
+    assert head.weight is plain.weight
+    torch.testing.assert_close(head(x), plain(x), rtol=1e-5, atol=1e-5)

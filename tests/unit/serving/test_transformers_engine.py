@@ -12,10 +12,11 @@ import jsonschema
 import msgspec
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from serving.config import BaseConfig
 from serving.errors import InvalidRequest, Overloaded, VersionRefused
+from serving.product import is_held_by_halves
 from serving.safety import OutputFilter
 from serving.transformers_engine import TransformersEngine
 from serving.wire import ToolUse
@@ -43,9 +44,20 @@ async def started(model: Path, options: BaseConfig = OPTIONS) -> TransformersEng
     return engine
 
 
+@pytest.fixture(params=["float32", "halves"])
+def model(request: pytest.FixtureRequest, tiny_model: Path, tiny_halves: Path) -> Path:
+    """Of both kinds: weights that are multiplied as they are, and weights that the engine packs."""
+    is_packed = request.param == "halves"
+    weights = load_file((tiny_halves if is_packed else tiny_model) / "model.safetensors")
+    if is_packed and "fbgemm" not in torch.backends.quantized.supported_engines:
+        pytest.skip("this processor has no FBGEMM")
+    assert all(is_held_by_halves(weight) == is_packed for weight in weights.values() if weight.dim() == 2)
+    return tiny_halves if is_packed else tiny_model
+
+
 @pytest.fixture
-async def engine(tiny_model: Path) -> AsyncIterator[TransformersEngine]:
-    built = await started(tiny_model)
+async def engine(model: Path) -> AsyncIterator[TransformersEngine]:
+    built = await started(model)
     yield built
     await built.close()
 
@@ -56,19 +68,19 @@ async def load(engine: TransformersEngine, model: Path, state: Path, sequence: i
     return version
 
 
-async def test_base_answers_greedily_as_transformers_does(engine: TransformersEngine, tiny_model: Path) -> None:
+async def test_base_answers_greedily_as_transformers_does(engine: TransformersEngine, model: Path) -> None:
     prompt = "a prompt of more than one chunk, so that it is read in several steps"
     chunks = await answer(engine, request(engine.base_version, prompt, max_tokens=20))
-    assert ids_of(chunks) == Reference(tiny_model).greedy(prompt, 20)
+    assert ids_of(chunks) == Reference(model).greedy(prompt, 20)
 
 
 async def test_each_version_of_a_mixed_batch_answers_as_its_merged_model(
-    engine: TransformersEngine, tiny_model: Path, tmp_path: Path
+    engine: TransformersEngine, model: Path, tmp_path: Path
 ) -> None:
-    versions: dict[str, Reference] = {engine.base_version: Reference(tiny_model)}
+    versions: dict[str, Reference] = {engine.base_version: Reference(model)}
     for sequence, rank in ((1, 4), (2, 8), (3, 16)):
-        version = await load(engine, tiny_model, tmp_path, sequence, rank)
-        versions[version] = Reference(tiny_model, sequence, rank)
+        version = await load(engine, model, tmp_path, sequence, rank)
+        versions[version] = Reference(model, sequence, rank)
     asked = [(v, f"question {i} " * (1 + 2 * i)) for i in range(3) for v in versions]
     answers = await asyncio.gather(*(answer(engine, request(v, p, max_tokens=15)) for v, p in asked))
     for (version, prompt), chunks in zip(asked, answers, strict=True):
@@ -76,12 +88,10 @@ async def test_each_version_of_a_mixed_batch_answers_as_its_merged_model(
     assert len({tuple(ids_of(chunks)) for chunks in answers}) > 8
 
 
-async def test_logprobs_are_those_of_transformers_before_temperature(
-    engine: TransformersEngine, tiny_model: Path
-) -> None:
+async def test_logprobs_are_those_of_transformers_before_temperature(engine: TransformersEngine, model: Path) -> None:
     wanted = request(engine.base_version, temperature=1.3, top_p=0.9, seed=3, top_logprobs=4)
     chunks = await answer(engine, wanted)
-    reference = Reference(tiny_model)
+    reference = Reference(model)
     prompt, made = reference.prompt_ids("Hello there"), ids_of(chunks)
     expected = reference.logprobs(prompt + made)[len(prompt) - 1 :]
     for place, token in enumerate(t for chunk in chunks for t in chunk.tokens):
@@ -98,10 +108,10 @@ async def test_a_seeded_answer_does_not_depend_on_what_shares_its_batch(engine: 
     assert text_of(together[-1]) == alone
 
 
-async def test_completions_of_one_prompt_share_its_reading(engine: TransformersEngine, tiny_model: Path) -> None:
+async def test_completions_of_one_prompt_share_its_reading(engine: TransformersEngine, model: Path) -> None:
     prompt = "one prompt, three greedy answers"
     chunks = await answer(engine, request(engine.base_version, prompt, n=3))
-    expected = Reference(tiny_model).greedy(prompt, 12)
+    expected = Reference(model).greedy(prompt, 12)
     assert [ids_of(chunks, i) for i in range(3)] == [expected] * 3
     counted = [last_of(chunks, i) for i in range(3)]
     assert [last.cached_tokens for last in counted] == [0, counted[0].prompt_tokens, counted[0].prompt_tokens]
@@ -117,41 +127,39 @@ async def test_a_prompt_seen_before_is_not_read_again_and_answers_the_same(engin
     assert text_of(first) == text_of(second)
 
 
-async def test_the_prefix_cache_never_crosses_versions(
-    engine: TransformersEngine, tiny_model: Path, tmp_path: Path
-) -> None:
+async def test_the_prefix_cache_never_crosses_versions(engine: TransformersEngine, model: Path, tmp_path: Path) -> None:
     prompt = "the same long question to every version"
     for sequence in (1, 2):
-        version = await load(engine, tiny_model, tmp_path, sequence)
+        version = await load(engine, model, tmp_path, sequence)
         chunks = await answer(engine, request(version, prompt))
-        assert ids_of(chunks) == Reference(tiny_model, sequence).greedy(prompt, 12)
+        assert ids_of(chunks) == Reference(model, sequence).greedy(prompt, 12)
     mine = await answer(engine, request(engine.base_version, prompt))
     assert last_of(mine).cached_tokens == 0
-    assert ids_of(mine) == Reference(tiny_model).greedy(prompt, 12)
+    assert ids_of(mine) == Reference(model).greedy(prompt, 12)
 
 
-async def test_a_reused_slot_does_not_remember_its_last_version(tiny_model: Path, tmp_path: Path) -> None:
-    engine = await started(tiny_model, msgspec.structs.replace(OPTIONS, slots=1))
+async def test_a_reused_slot_does_not_remember_its_last_version(model: Path, tmp_path: Path) -> None:
+    engine = await started(model, msgspec.structs.replace(OPTIONS, slots=1))
     prompt = "the same long question to every version"
     for sequence, rank in ((1, 16), (2, 4), (3, 8)):
-        version = await load(engine, tiny_model, tmp_path, sequence, rank)
+        version = await load(engine, model, tmp_path, sequence, rank)
         chunks = await answer(engine, request(version, prompt))
-        assert ids_of(chunks) == Reference(tiny_model, sequence, rank).greedy(prompt, 12)
+        assert ids_of(chunks) == Reference(model, sequence, rank).greedy(prompt, 12)
         await engine.unload(version)
     await engine.close()
 
 
-async def test_more_requests_than_places_are_all_answered(tiny_model: Path) -> None:
-    engine = await started(tiny_model, msgspec.structs.replace(OPTIONS, max_batch=3, max_queue=40))
-    reference = Reference(tiny_model)
+async def test_more_requests_than_places_are_all_answered(model: Path) -> None:
+    engine = await started(model, msgspec.structs.replace(OPTIONS, max_batch=3, max_queue=40))
+    reference = Reference(model)
     prompts = [f"{'x' * (i % 7)} number {i}" for i in range(20)]
     answers = await asyncio.gather(*(answer(engine, request(engine.base_version, p)) for p in prompts))
     assert [ids_of(chunks) for chunks in answers] == [reference.greedy(p, 12) for p in prompts]
     await engine.close()
 
 
-async def test_a_full_queue_refuses_at_once(tiny_model: Path) -> None:
-    engine = await started(tiny_model, msgspec.structs.replace(OPTIONS, max_batch=1, max_queue=2))
+async def test_a_full_queue_refuses_at_once(model: Path) -> None:
+    engine = await started(model, msgspec.structs.replace(OPTIONS, max_batch=1, max_queue=2))
     streams = []
     with pytest.raises(Overloaded):
         for _ in range(10):
@@ -161,8 +169,8 @@ async def test_a_full_queue_refuses_at_once(tiny_model: Path) -> None:
     await engine.close()
 
 
-async def test_more_completions_than_places_are_refused(tiny_model: Path) -> None:
-    engine = await started(tiny_model, msgspec.structs.replace(OPTIONS, max_batch=2))
+async def test_more_completions_than_places_are_refused(model: Path) -> None:
+    engine = await started(model, msgspec.structs.replace(OPTIONS, max_batch=2))
     with pytest.raises(InvalidRequest, match="n: at most 2"):
         await engine.submit(request(engine.base_version, n=3))
     await engine.close()
@@ -170,11 +178,11 @@ async def test_more_completions_than_places_are_refused(tiny_model: Path) -> Non
 
 @pytest.mark.parametrize("fault", ["rank above the slots'", "unknown module", "wrong shape", "not finite"])
 async def test_an_adapter_that_does_not_fit_is_refused_and_its_slot_is_free(
-    engine: TransformersEngine, tiny_model: Path, tmp_path: Path, fault: str
+    engine: TransformersEngine, model: Path, tmp_path: Path, fault: str
 ) -> None:
     rank = 32 if fault.startswith("rank") else 4
-    version, folder = publish(tmp_path, tiny_model, 1, rank=rank)
-    tensors = adapter_tensors(tiny_model, 1, rank)
+    version, folder = publish(tmp_path, model, 1, rank=rank)
+    tensors = adapter_tensors(model, 1, rank)
     name = "model.layers.0.self_attn.q_proj.lora_A.weight"
     match fault:
         case "unknown module":
@@ -190,8 +198,8 @@ async def test_an_adapter_that_does_not_fit_is_refused_and_its_slot_is_free(
     status = engine.status()
     assert (status.versions, status.free_slots) == ((engine.base_version,), 4)
     assert version in status.failed
-    good = await load(engine, tiny_model, tmp_path, 2)
-    assert ids_of(await answer(engine, request(good))) == Reference(tiny_model, 2).greedy("Hello there", 12)
+    good = await load(engine, model, tmp_path, 2)
+    assert ids_of(await answer(engine, request(good))) == Reference(model, 2).greedy("Hello there", 12)
 
 
 async def test_an_idle_engine_sleeps(engine: TransformersEngine) -> None:
@@ -272,13 +280,13 @@ async def test_a_schema_that_no_grammar_can_hold_is_refused_where_it_must_be(tmp
     await engine.close()
 
 
-async def test_a_schema_binds_its_own_row_only(engine: TransformersEngine, tiny_model: Path) -> None:
+async def test_a_schema_binds_its_own_row_only(engine: TransformersEngine, model: Path) -> None:
     bound, free = await asyncio.gather(
         answer(engine, request(engine.base_version, json_schema='{"type":"boolean"}', max_tokens=10)),
         answer(engine, request(engine.base_version, "as ever", max_tokens=16)),
     )
     assert text_of(bound) in ("true", "false")
-    assert ids_of(free) == Reference(tiny_model).greedy("as ever", 16)
+    assert ids_of(free) == Reference(model).greedy("as ever", 16)
 
 
 @pytest.mark.parametrize("schema", ["[1]", '{"type": "nonsense"}', "{"])
@@ -300,9 +308,9 @@ async def test_a_banned_token_is_not_said_and_a_wanted_one_is(engine: Transforme
     assert wanted == [7] * 12
 
 
-async def test_log_probs_stay_the_models_own(engine: TransformersEngine, tiny_model: Path) -> None:
+async def test_log_probs_stay_the_models_own(engine: TransformersEngine, model: Path) -> None:
     chunks = await answer(engine, request(engine.base_version, "bias", logit_bias={7: 100.0}, max_tokens=1))
-    reference = Reference(tiny_model)
+    reference = Reference(model)
     expected = float(reference.logprobs(reference.prompt_ids("bias"))[-1, 7])
     assert chunks[0].tokens[0].logprob == pytest.approx(expected, abs=1e-3)
 
