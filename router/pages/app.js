@@ -18,6 +18,8 @@ const hasKeyboard = matchMedia("(pointer: fine)").matches;
 const user = rememberedUser();
 let turns = []; // answered, in order: { prompt, answers: [{ text, finish, view }], pair, choice, view }
 let running = null; // the AbortController of the turn being answered
+let consenting = Promise.resolve(); // changes of consent on their way to the gateway, one after another
+let hasChosen = false; // the switch was moved here: what the gateway knew before no longer matters
 
 // A random name for this browser: the gateway knows consent and verdicts by it, and nothing else.
 function rememberedUser() {
@@ -52,6 +54,7 @@ async function ask(prompt) {
   announce("Waiting for the answer.");
   turn.view.root.scrollIntoView({ block: "start" });
   try {
+    await consenting;
     const model = gateway.policy;
     const served = await chat({ model, messages, user, mayPair: page.consent.checked, signal: own.signal, on: into(turn) });
     finishTurn(turn, served);
@@ -204,19 +207,27 @@ async function rate(completionId, answer, rating) {
 
 async function loadConsent() {
   try {
-    page.consent.checked = (await consent.get(user)).pairing;
+    const { pairing } = await consent.get(user);
+    if (!hasChosen) page.consent.checked = pairing;
   } catch (error) {
     showProblem(error, loadConsent);
   }
 }
 
-async function changeConsent() {
+function changeConsent() {
+  hasChosen = true;
   const wanted = page.consent.checked;
+  consenting = consenting.then(() => writeConsent(wanted));
+}
+
+async function writeConsent(wanted) {
+  const isStillWanted = () => page.consent.checked === wanted;
   try {
-    page.consent.checked = (await consent.put(user, wanted)).pairing;
+    const { pairing } = await consent.put(user, wanted);
+    if (isStillWanted()) page.consent.checked = pairing;
     announce(wanted ? "You may now be shown two answers." : "You get single answers.");
   } catch (error) {
-    page.consent.checked = !wanted;
+    if (isStillWanted()) page.consent.checked = !wanted;
     showProblem(error);
   }
 }

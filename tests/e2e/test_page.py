@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import shutil
 import threading
@@ -12,7 +13,7 @@ from typing import Any
 import msgspec
 import pytest
 import pytest_asyncio
-from playwright.async_api import Browser, Locator, Page, Request, ViewportSize, async_playwright, expect
+from playwright.async_api import Browser, Locator, Page, Request, Route, ViewportSize, async_playwright, expect
 
 from serving.echo_engine import EchoEngine
 from telemetry.config import TelemetryConfig, open_log, redis_client
@@ -256,6 +257,26 @@ async def test_who_has_not_opted_in_gets_one_answer_with_its_version_and_can_rat
     await expect(page.get_by_role("button", name="Good answer")).to_have_attribute("aria-pressed", "true")
     (event,) = await stack.events(FeedbackRecorded, expected=1)
     assert event.rating == 1
+
+
+@pytest.mark.parametrize("slow", ["GET", "PUT"])
+async def test_consent_given_while_the_gateway_is_slow_holds_for_the_next_question(page: Page, slow: str) -> None:
+    async def delay(route: Route) -> None:
+        wait_s = 0.7 if route.request.method == slow else 0.0
+        await asyncio.sleep(wait_s if slow == "PUT" else 0.0)  # on its way to the gateway
+        response = await route.fetch()
+        await asyncio.sleep(wait_s if slow == "GET" else 0.0)  # on its way back, with what was true before
+        await route.fulfill(response=response)
+
+    await page.evaluate("localStorage.clear()")  # another user, who has not opted in
+    await page.route("**/consent", delay)
+    await page.reload()
+    await expect(page.locator("#model")).to_have_attribute("data-state", "ready")
+    await page.get_by_role("switch").check()
+    if slow == "GET":
+        await page.wait_for_timeout(1000)  # what the gateway knew before arrives after the choice
+    await ask_for_pair(page, "Quickly!")
+    await expect(page.get_by_role("switch")).to_be_checked()
 
 
 async def test_consent_outlives_a_reload(page: Page) -> None:
