@@ -16,8 +16,7 @@ from serving.sampling_rules import Rule, Sampled
 from serving.scheduler import Sequence
 from serving.text_stream import Detokenizer, OutputText
 from serving.tool_calls import CallReader
-from serving.wire import Chunk, FinishReason, GenerateRequest, Sampling, TokenLogprob, TopLogprob
-from telemetry.events import Message
+from serving.wire import Chunk, FinishReason, GenerateRequest, TokenLogprob, TopLogprob
 
 if TYPE_CHECKING:
     from serving.shaping import Shaping
@@ -74,12 +73,6 @@ class Arrivals:
         chunk = await self._ticket.arrived.get()
         self._left -= chunk.finish_reason is not None
         return chunk
-
-
-def warm_request(version: str, deadline_s: float) -> GenerateRequest:
-    """One token that nobody sees."""
-    sampling = Sampling(max_tokens=1, temperature=0.0)
-    return GenerateRequest(f"warm-{version}", version, (Message("user", "Hello"),), sampling, deadline_s=deadline_s)
 
 
 class Completion:

@@ -13,7 +13,8 @@ from typing import Protocol, Self
 import msgspec
 
 from serving.errors import InvalidRequest
-from serving.wire import Chunk, GenerateRequest
+from serving.wire import Chunk, GenerateRequest, Sampling
+from telemetry.events import Message
 from telemetry.manifest import Manifest
 
 MAX_N = 8
@@ -85,6 +86,12 @@ class Engine(Protocol):
     async def close(self) -> None:
         """Cancel what runs and free everything."""
         ...
+
+
+def warm_request(version: str, deadline_s: float) -> GenerateRequest:
+    """One token that nobody sees."""
+    sampling = Sampling(max_tokens=1, temperature=0.0)
+    return GenerateRequest(f"warm-{version}", version, (Message("user", "Hello"),), sampling, deadline_s=deadline_s)
 
 
 def check_request(request: GenerateRequest) -> None:

@@ -10,12 +10,14 @@ Dimensions: I inputs, O outputs of the whole group, M members, R rank, T tokens.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
-from serving.product import product
+from serving.product import Product, packed
 
 SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
@@ -33,10 +35,7 @@ class ShapeMismatch(ValueError):
 
 
 class FusedLinear:
-    """One product for linears of one input, with the adapters of all slots.
-
-    No module: it is asked 120 times a step, and what a module's call and its attributes cost would be a tenth of it.
-    """
+    """One product for linears of one input, with the adapters of all slots. No module: it is asked too often."""
 
     def __init__(self, members: list[nn.Linear], stack: LoraStack) -> None:
         first = members[0]
@@ -44,7 +43,8 @@ class FusedLinear:
         bias: Tensor | None = None
         if any(member.bias is not None for member in members):
             bias = torch.cat([m.weight.new_zeros(m.out_features) if m.bias is None else m.bias.data for m in members])
-        self._multiply = product(torch.cat([m.weight.data for m in members]), bias)
+        weight = torch.cat([m.weight.data for m in members])
+        self._multiply: Product = packed(weight, bias) or partial(linear, weight=weight, bias=bias)
         self._stack = stack
         width, outputs = len(members) * stack.rank_max, sum(self.sizes)
         device = first.weight.device
@@ -66,7 +66,7 @@ class FusedLinear:
     def _compute(self, x: Tensor) -> Tensor:
         y = self._multiply(x)
         if self._stack.segments:
-            self._add_deltas(x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1]))
+            self._add_deltas(x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1]))
         return y
 
     def _add_deltas(self, x_TI: Tensor, y_TO: Tensor) -> None:

@@ -2,37 +2,35 @@
 
 On a processor a decoding step waits for the weights to come from memory. MKL's float32 product reads them at full
 width, and takes for two tokens nearly twice as long as for one. FBGEMM's reads them in half precision, once for up to
-six tokens, and still multiplies and sums in float32. It is used where half precision holds the weights as they are:
-every checkpoint in bfloat16 or float16 (DECISIONS.md has the measurements).
+six tokens, and still multiplies and sums in float32. It is used where half precision holds the weights as they are,
+which those of a checkpoint in bfloat16 or float16 are, but for the very small (DECISIONS.md has the measurements).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 Product = Callable[[Tensor], Tensor]
 
-LOSS = 2.0**-14  # of the largest weight: a float32 rounded to bfloat16 loses 2⁻⁹ of itself, to a half 2⁻¹²
+LOSS = 2.0**-14  # of the largest weight; a float32 made a half would lose up to 2⁻¹¹ of itself, and is left alone
 SLICE_ROWS = 4096  # looked at together, so that a vocabulary's width needs no second copy
 
 
-def product(weight_OI: Tensor, bias_O: Tensor | None = None) -> Product:
-    """``x[…, I] → x @ weightᵀ + bias``; the weight may be let go where it is kept packed."""
-    if not is_held_by_halves(weight_OI):
-        return partial(linear, weight=weight_OI, bias=bias_O)
+def packed(weight_OI: Tensor, bias_O: Tensor | None) -> Product | None:
+    """``x[…, I] → x @ weightᵀ + bias`` with its own copy of the weight; None where that would not be exact."""
+    if not _is_held_by_halves(weight_OI):
+        return None
     ops: Any = torch.ops.quantized
-    packed = ops.linear_prepack_fp16(weight_OI.contiguous(), bias_O)
+    halves = ops.linear_prepack_fp16(weight_OI.contiguous(), bias_O)
     multiply: Callable[[Tensor, Any], Tensor] = ops.linear_dynamic_fp16.default
-    return lambda x: multiply(x, packed)
+    return lambda x: multiply(x, halves)
 
 
-def is_held_by_halves(weight_OI: Tensor) -> bool:
+def _is_held_by_halves(weight_OI: Tensor) -> bool:
     """Whether FBGEMM takes this weight, and half precision moves nothing by more than ``LOSS`` of the largest value."""
     if weight_OI.device.type != "cpu" or weight_OI.dtype != torch.float32:
         return False
@@ -46,7 +44,14 @@ def is_held_by_halves(weight_OI: Tensor) -> bool:
 class Head(nn.Module):
     """Stands where the model's output embedding stood; some models look at its ``weight``."""
 
-    def __init__(self, linear_VI: nn.Linear) -> None:
+    def __init__(self, weight_VI: Tensor, multiply: Product) -> None:
         super().__init__()
-        self.weight = linear_VI.weight
-        self.forward = product(linear_VI.weight.data, linear_VI.bias)
+        self.weight = weight_VI
+        self.forward = multiply
+
+
+def pack_head(model: Any) -> None:
+    """Give ``model`` a packed head where that is exact and the head is a plain linear."""
+    head = model.get_output_embeddings()
+    if type(head) is nn.Linear and (multiply := packed(head.weight.data, head.bias)):
+        model.set_output_embeddings(Head(head.weight, multiply))

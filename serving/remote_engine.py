@@ -18,9 +18,9 @@ from pathlib import Path
 import msgspec
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-from serving.completions import Ticket, warm_request
+from serving.completions import Ticket
 from serving.config import BaseConfig
-from serving.engine import ChunkStream, EngineStatus, check_request
+from serving.engine import ChunkStream, EngineStatus, check_request, warm_request
 from serving.errors import (
     EngineClosed,
     EngineFailed,

@@ -18,7 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 from serving.errors import UnsupportedModel
 from serving.kv import ATTENTION, KvRows, Prompt, StepKv
 from serving.lora import LoraStack
-from serving.product import Head, is_held_by_halves
+from serving.product import pack_head
 from serving.scheduler import Plan, Sequence, Work
 
 CHECKED_TOKENS = 24
@@ -46,9 +46,7 @@ class Runner:
         self.max_context = min(max_context, int(config.max_position_embeddings))
         expected = self._reference_logits()
         self.lora = LoraStack(self.model, slots=slots, rank_max=rank_max, dtype=dtype)
-        head = self.model.get_output_embeddings()
-        if type(head) is torch.nn.Linear and is_held_by_halves(head.weight.data):
-            self.model.set_output_embeddings(Head(head))
+        pack_head(self.model)
         self.model.set_attn_implementation(ATTENTION)
         self.kv = KvRows(
             layers=config.num_hidden_layers,

@@ -20,9 +20,9 @@ from llguidance import LLMatcher
 from transformers import AutoTokenizer
 
 from serving.adapters import load_adapter
-from serving.completions import Arrivals, Completion, Ticket, warm_request
+from serving.completions import Arrivals, Completion, Ticket
 from serving.config import BaseConfig
-from serving.engine import ChunkStream, EngineStatus, check_request
+from serving.engine import ChunkStream, EngineStatus, check_request, warm_request
 from serving.errors import (
     EngineClosed,
     EngineFailed,

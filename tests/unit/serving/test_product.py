@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
-from serving.product import Head, is_held_by_halves, product
+from serving.product import Head, pack_head, packed
 
 needs_fbgemm = pytest.mark.skipif(
     "fbgemm" not in torch.backends.quantized.supported_engines, reason="this processor has no FBGEMM"
@@ -22,12 +22,12 @@ def weight(outputs: int, inputs: int, dtype: torch.dtype = torch.bfloat16) -> to
 @needs_fbgemm
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_checkpoint_of_two_bytes_is_packed(dtype: torch.dtype) -> None:
-    assert is_held_by_halves(weight(24, 16, dtype))
+    assert packed(weight(24, 16, dtype), None)
 
 
 @needs_fbgemm
 def test_a_checkpoint_of_four_bytes_is_not() -> None:
-    assert not is_held_by_halves(weight(24, 16, torch.float32))
+    assert not packed(weight(24, 16, torch.float32), None)
 
 
 @needs_fbgemm
@@ -35,19 +35,17 @@ def test_a_checkpoint_of_four_bytes_is_not() -> None:
 def test_one_value_that_is_no_half_keeps_the_weight_as_it_is(value: float) -> None:
     wide = weight(5000, 8)
     wide[4999, 7] = value
-    assert not is_held_by_halves(wide)
+    assert not packed(wide, None)
 
 
 @needs_fbgemm
 def test_small_weights_are_judged_by_their_own_size() -> None:
-    assert is_held_by_halves(weight(24, 16) * 2**-6)
-    assert not is_held_by_halves(weight(24, 16) * 2**-16)  # all of them below the smallest normal half
+    assert packed(weight(24, 16) * 2**-6, None)
+    assert not packed(weight(24, 16) * 2**-16, None)  # all of them below the smallest normal half
 
 
-def test_weights_of_another_type_are_multiplied_as_they_are() -> None:
-    narrow = weight(24, 16).bfloat16()
-    x = torch.randn(3, 16).bfloat16()
-    assert torch.equal(product(narrow)(x), linear(x, narrow))
+def test_weights_of_another_type_are_left_as_they_are() -> None:
+    assert not packed(weight(24, 16).bfloat16(), None)
 
 
 @needs_fbgemm
@@ -58,20 +56,43 @@ def test_packed_products_are_the_float32_ones(tokens: int, has_bias: bool) -> No
     bias = torch.randn(70) if has_bias else None
     x = torch.randn(1, tokens, 48)
 
-    assert is_held_by_halves(wide)
-    got = product(wide, bias)(x)
+    multiply = packed(wide, bias)
+    assert multiply
+    got = multiply(x)
 
     assert got.shape == (1, tokens, 70)
     torch.testing.assert_close(got, linear(x, wide, bias), rtol=1e-5, atol=1e-5)
 
 
+class WithHead(torch.nn.Module):
+    """As much of a model as ``pack_head`` looks at."""
+
+    def __init__(self, head: torch.nn.Module) -> None:
+        super().__init__()
+        self.head = head
+
+    def get_output_embeddings(self) -> torch.nn.Module:
+        return self.head
+
+    def set_output_embeddings(self, head: torch.nn.Module) -> None:
+        self.head = head
+
+
 @needs_fbgemm
-def test_a_head_with_a_bias_keeps_its_weight_to_look_at() -> None:
+def test_a_packed_head_keeps_its_weight_to_look_at() -> None:
     plain = torch.nn.Linear(16, 24)
     plain.weight.data = weight(24, 16)
+    model = WithHead(plain)
     x = torch.randn(1, 2, 16)
 
-    head = Head(plain)
+    pack_head(model)
 
-    assert head.weight is plain.weight
-    torch.testing.assert_close(head(x), plain(x), rtol=1e-5, atol=1e-5)
+    assert isinstance(model.head, Head) and model.head.weight is plain.weight
+    torch.testing.assert_close(model.head(x), plain(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("head", [torch.nn.Linear(16, 24), torch.nn.Sequential(torch.nn.Linear(16, 24))])
+def test_a_head_that_cannot_be_packed_stays(head: torch.nn.Module) -> None:
+    model = WithHead(head)
+    pack_head(model)
+    assert model.head is head

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from serving.config import BaseConfig
 from serving.errors import InvalidRequest, Overloaded, VersionRefused
-from serving.product import is_held_by_halves
+from serving.product import packed
 from serving.safety import OutputFilter
 from serving.transformers_engine import TransformersEngine
 from serving.wire import ToolUse
@@ -51,7 +51,7 @@ def model(request: pytest.FixtureRequest, tiny_model: Path, tiny_halves: Path) -
     weights = load_file((tiny_halves if is_packed else tiny_model) / "model.safetensors")
     if is_packed and "fbgemm" not in torch.backends.quantized.supported_engines:
         pytest.skip("this processor has no FBGEMM")
-    assert all(is_held_by_halves(weight) == is_packed for weight in weights.values() if weight.dim() == 2)
+    assert all(bool(packed(weight, None)) == is_packed for weight in weights.values() if weight.dim() == 2)
     return tiny_halves if is_packed else tiny_model
 
 
