@@ -12,7 +12,7 @@ import logging
 import random
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
 
 import aiohttp
@@ -27,7 +27,7 @@ from router.errors import (
     UnsupportedParameter,
     UpstreamFailed,
 )
-from router.pressure import ConcurrencyLimit
+from router.pressure import ConcurrencyLimit, refusal
 from router.tables import Tables
 from serving.wire import Chunk, GenerateRequest
 from telemetry.metrics import CONCURRENCY_LIMIT, RESPONSE_ERRORS
@@ -101,6 +101,12 @@ class ReplicaPool:
     async def close(self) -> None:
         """Close every connection."""
         await self._session.close()
+
+    def refuse_if_full(self, bases: Iterable[str]) -> None:
+        """Raise Unavailable when none of ``bases`` would take one more request: before any work was put into it."""
+        limits = [self._limit(base) for base in bases]
+        if limits and all(limit.is_full for limit in limits):
+            raise refusal()
 
     async def generate(self, base: str, request: GenerateRequest) -> AsyncGenerator[list[Chunk]]:
         """Chunks as they arrive, several at a time; the first is retried once elsewhere, later ones never.

@@ -99,9 +99,11 @@ class Chat:
         self, body: ChatRequest, request_id: str, caller: Caller, span: Span
     ) -> tuple[Exchange, list[Call]]:
         settings = self._settings
+        policy = parse_model(body.model)[0]
+        self._pool.refuse_if_full({route.base for route in self._tables.routing.policies.get(policy, ())})
         user = pseudonym(settings.key, body.user or "")
         is_pair = await wants_pair(body, user, self._book, ratio=settings.pair_ratio, draw=self._draw)
-        prompt, policy = body.prompt(), parse_model(body.model)[0]
+        prompt = body.prompt()
         uses_tools = needs_tools(prompt)
         arms = choose_arms(
             self._tables.routing,
@@ -113,6 +115,7 @@ class Chat:
         )
         if uses_tools:
             self._require_tools(policy, arms)
+        self._pool.refuse_if_full({arm.base for arm in arms.sides})
         trace_id, span_id = tracing.ids(span)
         exchange = Exchange(
             request=body,

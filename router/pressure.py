@@ -3,10 +3,10 @@
 The signal is the time to the first token, never the time of a whole answer, which depends on how much is said. Samples
 are judged in windows: a window's median above ``TOLERANCE`` times the calm median, and more than ``patience_s`` above
 it, means that requests wait somewhere, and what was in flight, divided by that ratio, is the new limit; otherwise the
-limit grows by half its square root. Calm is measured, not assumed: when ``PROBE_S`` of cuts have not helped, the limit
-is halved for one window (as BBR probes a path's round-trip time), and the median without a queue is the new calm:
-prompts became longer, or the model slower. A window counts only what was asked since it began, so that no limit is
-judged by what came before it. After the gradient limits of Netflix's concurrency-limits.
+limit, where half of it was used, grows by half its square root. Calm is measured, not assumed: when ``PROBE_S`` of cuts
+have not helped, the limit is halved for one window (as BBR probes a path's round-trip time), and the median without a
+queue is the new calm: prompts became longer, or the model slower. A window counts only what was asked since it began,
+so that no limit is judged by what came before it. After the gradient limits of Netflix's concurrency-limits.
 """
 
 from __future__ import annotations
@@ -27,6 +27,12 @@ PROBE_S: Final = 10.0
 MOST_CUT: Final = 0.3  # of the limit that one window leaves
 
 
+def refusal() -> Unavailable:
+    """What one more request is told, and counted as."""
+    REJECTED.labels("overloaded").inc()
+    return Unavailable("Every replica is busy: try again shortly.", code="overloaded", retry_after_s=1.0)
+
+
 class ConcurrencyLimit:
     """Places at one base's replicas, one for every generation asked of them. One event loop, so no locks."""
 
@@ -44,11 +50,15 @@ class ConcurrencyLimit:
         self._peak = 0
         self._kept = 0.0  # the limit to return to after a probe; 0: none is under way
 
+    @property
+    def is_full(self) -> bool:
+        """Whether nobody would be let in now."""
+        return self.in_flight >= self.limit
+
     def enter(self) -> None:
         """Take a place, to be given back with ``leave``. Raises Unavailable at once when there is none."""
-        if self.in_flight >= self.limit:
-            REJECTED.labels("overloaded").inc()
-            raise Unavailable("Every replica is busy: try again shortly.", code="overloaded", retry_after_s=1.0)
+        if self.is_full:
+            raise refusal()
         self.in_flight += 1
         self._peak = max(self._peak, self.in_flight)
 
@@ -78,7 +88,8 @@ class ConcurrencyLimit:
         self._calm_s = min(self._calm_s, median_s)
         excess = median_s / max(TOLERANCE * self._calm_s, self._calm_s + self._patience_s)
         if excess <= 1.0:
-            self.limit = min(self._most, self.limit + math.sqrt(self.limit) / 2)
+            if self._peak >= self.limit / 2:
+                self.limit = min(self._most, self.limit + math.sqrt(self.limit) / 2)
         elif self._peak > self._least:
             self.limit = max(self._least, min(self._peak, self.limit) * max(MOST_CUT, 1.0 / excess))
         if excess <= 1.0:

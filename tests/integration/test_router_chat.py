@@ -20,6 +20,7 @@ from starlette.routing import Route
 
 from router.backends import ReplicaPool
 from router.errors import Unavailable
+from router.pressure import ConcurrencyLimit
 from router.tables import Tables
 from serving.echo_engine import EchoEngine
 from serving.wire import Chunk, GenerateRequest, Sampling
@@ -370,3 +371,23 @@ async def test_a_base_that_is_full_refuses_at_once_until_a_stream_is_over(stack:
     async with aclosing(ask()) as third:
         assert (await anext(third))[0].version == STABLE
     await pool.close()
+
+
+async def test_a_full_base_refuses_before_any_work(
+    telemetry_config: TelemetryConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No event of an answer that never was, no turn of the user's pairs taken, no wait for Redis."""
+    monkeypatch.setattr("router.backends.ConcurrencyLimit", lambda *_, **more: ConcurrencyLimit(1.0, 1.0, **more))
+    async with running_stack(telemetry_config, engine=EchoEngine(token_s=0.05), config=fast(pair_ratio=1.0)) as stack:
+        await stack.consent("ann")
+        refused = await stack.metric("tiebreak_requests_total", code="503")
+        served = asyncio.create_task(stack.ask("one two three four five six seven eight nine ten"))
+        while not await stack.metric("tiebreak_requests_in_flight"):
+            await asyncio.sleep(0.01)
+        status, body, headers = await stack.ask(user="ann")
+        assert (status, body["error"]["code"], headers["retry-after"]) == (503, "overloaded", "1")
+        assert [key async for key in stack.redis.scan_iter("tiebreak:pair-cap:*")] == []
+        assert (await served)[0] == 200
+        [event] = await stack.events(CompletionServed, expected=1)
+        assert event.error == ""
+        assert await stack.metric("tiebreak_requests_total", code="503") == refused + 1
