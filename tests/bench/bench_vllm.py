@@ -1,9 +1,10 @@
 """The engine against a real vLLM on the CPU, the same prompts to both: ``make bench-vllm``.
 
 Base alone and with one LoRA of rank 16, at 1, 2 and 16 requests at once. Both have the same cores and dtype, no prefix
-cache, and are asked in turn; vLLM's processes are stopped while others compute. vLLM runs twice, with the threads
-that it chooses itself (it leaves a core to its front end) and with one on every core; each figure is against the
-better of the two. It is asked for text alone, ours computes every token's log-probability, too. Medians over rounds.
+cache, and are asked in turn; vLLM's processes are stopped while others compute. Ours has one thread, as the default
+stack gives it; vLLM runs twice, with the threads that it chooses itself (it leaves a core to its front end) and with
+one on every core, and each figure is against the better of the two. It is asked for text alone, ours computes every
+token's log-probability, too. Medians over rounds.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from serving.transformers_engine import TransformersEngine
 from telemetry.manifest import base_digest, read_version
 from tests.bench import record
 from tests.bench.bench_engine import ADAPTER_SIZE, MODEL, NEW, RANK, Ours, prompt
+from tests.bench.bench_engine import THREADS as OUR_THREADS
 from tests.unit.serving import kit
 from tests.vllm.server import VllmServer
 
@@ -91,7 +93,7 @@ class Theirs:
 
 async def main() -> None:
     model = prepare_model(MODEL, model_cache())
-    options = BaseConfig(threads=len(CORES), max_context=512, max_batch=max(COUNTS), slots=1, cache_rows=0)
+    options = BaseConfig(threads=OUR_THREADS, max_context=512, max_batch=max(COUNTS), slots=1, cache_rows=0)
     engine = TransformersEngine(model, base_digest(model), BASE, options, OutputFilter(()))
     await engine.start()
     dtype = str(engine._runner.kv.keys.dtype).removeprefix("torch.")
