@@ -17,6 +17,8 @@ def load_adapter(stack: LoraStack, slot: int, folder: Path, manifest: Manifest) 
     """Read the adapter in ``folder`` and write it into ``slot``; raises VersionRefused, the slot then empty."""
     try:
         tensors = load_file(folder / ADAPTER_FILE)
+        if not tensors:
+            raise ShapeMismatch("there are no weights in it")
         if not torch.cat([tensor.reshape(-1) for tensor in tensors.values()]).isfinite().all():
             raise ShapeMismatch("some weights are not finite numbers")
         stack.write(slot, tensors, rank=manifest.rank, scaling=manifest.alpha / manifest.rank)
