@@ -27,7 +27,7 @@ from router.errors import (
     UnsupportedParameter,
     UpstreamFailed,
 )
-from router.pressure import ConcurrencyLimit, refusal
+from router.pressure import ConcurrencyLimit, refuse
 from router.tables import Tables
 from serving.wire import Chunk, GenerateRequest
 from telemetry.metrics import CONCURRENCY_LIMIT, RESPONSE_ERRORS
@@ -106,7 +106,7 @@ class ReplicaPool:
         """Raise Unavailable when none of ``bases`` would take one more request: before any work was put into it."""
         limits = [self._limit(base) for base in bases]
         if limits and all(limit.is_full for limit in limits):
-            raise refusal()
+            refuse()
 
     async def generate(self, base: str, request: GenerateRequest) -> AsyncGenerator[list[Chunk]]:
         """Chunks as they arrive, several at a time; the first is retried once elsewhere, later ones never.

@@ -99,8 +99,10 @@ class Chat:
         self, body: ChatRequest, request_id: str, caller: Caller, span: Span
     ) -> tuple[Exchange, list[Call]]:
         settings = self._settings
-        policy = parse_model(body.model)[0]
-        self._pool.refuse_if_full({route.base for route in self._tables.routing.policies.get(policy, ())})
+        policy, pin = parse_model(body.model)
+        routes = self._tables.routing.policies.get(policy, ())
+        if routes and not pin:  # whatever is drawn, the first variant is in it
+            self._pool.refuse_if_full([routes[0].base])
         user = pseudonym(settings.key, body.user or "")
         is_pair = await wants_pair(body, user, self._book, ratio=settings.pair_ratio, draw=self._draw)
         prompt = body.prompt()
@@ -115,7 +117,7 @@ class Chat:
         )
         if uses_tools:
             self._require_tools(policy, arms)
-        self._pool.refuse_if_full({arm.base for arm in arms.sides})
+        self._pool.refuse_if_full(arm.base for arm in arms.sides)
         trace_id, span_id = tracing.ids(span)
         exchange = Exchange(
             request=body,

@@ -15,7 +15,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from typing import Final
+from typing import Final, NoReturn
 
 from router.errors import Unavailable
 from telemetry.metrics import REJECTED
@@ -27,10 +27,10 @@ PROBE_S: Final = 10.0
 MOST_CUT: Final = 0.3  # of the limit that one window leaves
 
 
-def refusal() -> Unavailable:
-    """What one more request is told, and counted as."""
+def refuse() -> NoReturn:
+    """Count one more request that cannot be let in, and raise Unavailable."""
     REJECTED.labels("overloaded").inc()
-    return Unavailable("Every replica is busy: try again shortly.", code="overloaded", retry_after_s=1.0)
+    raise Unavailable("Every replica is busy: try again shortly.", code="overloaded", retry_after_s=1.0)
 
 
 class ConcurrencyLimit:
@@ -58,7 +58,7 @@ class ConcurrencyLimit:
     def enter(self) -> None:
         """Take a place, to be given back with ``leave``. Raises Unavailable at once when there is none."""
         if self.is_full:
-            raise refusal()
+            refuse()
         self.in_flight += 1
         self._peak = max(self._peak, self.in_flight)
 

@@ -21,7 +21,7 @@ SLICE_ROWS = 4096  # looked at together, so that a vocabulary's width needs no s
 
 
 def packed(weight_OI: Tensor, bias_O: Tensor | None) -> Product | None:
-    """``x[…, I] → x @ weightᵀ + bias`` with its own copy of the weight; None where that would not be exact."""
+    """``x[…, I] → x @ weightᵀ + bias`` with its own copy of the weight; None where half precision does not hold it."""
     if not _is_held_by_halves(weight_OI):
         return None
     ops: Any = torch.ops.quantized
@@ -51,7 +51,7 @@ class Head(nn.Module):
 
 
 def pack_head(model: Any) -> None:
-    """Give ``model`` a packed head where that is exact and the head is a plain linear."""
+    """Give ``model`` a packed head where the head is a plain linear that half precision holds."""
     head = model.get_output_embeddings()
     if type(head) is nn.Linear and (multiply := packed(head.weight.data, head.bias)):
         model.set_output_embeddings(Head(head.weight, multiply))

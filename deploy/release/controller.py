@@ -17,7 +17,15 @@ from msgspec.structs import replace
 
 from deploy.release import report
 from deploy.release.config import ReleaseConfig
-from deploy.release.intake import InvalidCommand, addressee, asked_of, inputs_of, parse_command, ready_versions
+from deploy.release.intake import (
+    InvalidCommand,
+    addressee,
+    asked_of,
+    inputs_of,
+    is_answering,
+    parse_command,
+    ready_versions,
+)
 from deploy.release.machine import advance, configured, due_probe, initial
 from deploy.release.probes import Prober, Question
 from deploy.release.state import Change, Commanded, Input, Tick, VariantState, World
@@ -171,6 +179,9 @@ class Controller:
 
     def _worlds(self, variants: Mapping[str, VariantState], table: ReplicaTable | None) -> dict[str, World]:
         now_s, stale_s = self._clock(), self._config.fleet_stale_s
+        for name, state in variants.items():
+            if is_answering(table, state.route, now_s, stale_s):
+                self._asked_s[name] = now_s
         return {
             name: World(
                 now_s,

@@ -16,7 +16,7 @@ from telemetry.events import (
     PreferenceRecorded,
     VersionPublished,
 )
-from telemetry.routing import ReplicaTable
+from telemetry.routing import ReplicaTable, VariantRoute
 
 LIVE_CHANNELS = ("stable", "canary")  # what users got; pinned answers and probes prove nothing about traffic
 # what weights can do to an engine; every other error of an answer is the client's, the load's or the machine's
@@ -68,6 +68,17 @@ def ready_versions(table: ReplicaTable | None, base: str, now_s: float, stale_s:
         return None
     held = [frozenset(item.versions) for item in table.replicas if item.base == base and item.is_ready]
     return frozenset.intersection(*held) if held else None
+
+
+def is_answering(table: ReplicaTable | None, route: VariantRoute, now_s: float, stale_s: float) -> bool:
+    """Whether a replica answers with the route's stable or canary now: its users ask, whether or not they are let in.
+
+    A base that is full refuses without an event, and a long answer has none before its end.
+    """
+    if table is None or now_s - table.updated_at_s > stale_s:
+        return False
+    live = {route.stable, route.canary}
+    return any(not live.isdisjoint(item.in_flight_by_version) for item in table.replicas if item.base == route.base)
 
 
 def parse_command(payload: bytes) -> Commanded:

@@ -23,7 +23,7 @@ from tests.bench.fleet import OTHER_CORE, SERVING_CORE, Fleet, fleet
 from tests.bench.raw_http import Answer, RawClient, open_loop
 
 SERVING = {"threads": 1, "slots": 2, "max_context": 512, "max_batch": 16}
-ROUTER = {"min_in_flight": 16, "patience_s": 0.02}  # nobody waits for a place in the batch
+ROUTER = {"min_in_flight": 16, "patience_s": 0.02}  # little waits for a place in the batch; the defaults let more
 CLIENTS, PEAK_S, CALM_S, FLOOD_S = 24, 15.0, 20.0, 120.0
 CALM_SHARE, FLOOD_FACTOR = 0.25, 4.0
 BODY = {"model": "chat", "messages": [{"role": "user", "content": "How do I keep basil alive?"}], "max_tokens": 16}
@@ -67,7 +67,7 @@ async def measure(running: Fleet) -> list[dict[str, Any]]:
     return [
         record.row(f"goodput at {what}, against the peak", statuses.get(200, 0) / elapsed / best, "×", bar=0.9,
                    better="higher", peak_per_s=best, statuses=statuses, seconds=elapsed,
-                   offered_per_s=len(flood) / elapsed),
+                   offered_per_s=len(flood) / elapsed, router=ROUTER, serving=SERVING),
         record.row(f"p99 of those let in at {what}, against a quarter of the peak",
                    seconds(flood, 200, 0.99) / seconds(calm, 200, 0.99), "×", bar=2.0, better="lower",
                    calm_ms=1000 * seconds(calm, 200, 0.99), flood_ms=1000 * seconds(flood, 200, 0.99)),

@@ -153,9 +153,12 @@ probe_interval_s = 0.2
         self.held = (self.base, *versions)
         self.refresh()
 
-    def refresh(self) -> None:
+    def refresh(self, *, answering: str = "") -> None:
+        """``answering`` is a version that every replica has a request for."""
+        busy = {answering: 1} if answering else {}
         replicas = tuple(
-            Replica(f"r{i}", "tiny", f"http://127.0.0.1:{30000 + i}", True, self.held, 0, 4) for i in range(2)
+            Replica(f"r{i}", "tiny", f"http://127.0.0.1:{30000 + i}", True, self.held, 0, 4, in_flight_by_version=busy)
+            for i in range(2)
         )
         self.redis.set(REPLICAS_KEY, msgspec.json.encode(ReplicaTable(time.time(), replicas)))
 
@@ -269,7 +272,11 @@ def test_a_canary_is_promoted_when_users_are_quiet_and_a_user_who_left_has_asked
         )  # fmt: skip
         deployment.refresh()
         time.sleep(0.4)
+    for _ in range(8):  # 3 s in which long answers run and further users are refused, which no event tells
+        deployment.refresh(answering=deployment.base)
+        time.sleep(0.4)
     assert _is(deployment, "canary", V1)()
+    deployment.refresh()
     deployment.until(_is(deployment, "stable", V1))
     assert "quiet" in deployment.history()[0]["reason"]
 

@@ -376,7 +376,7 @@ async def test_a_base_that_is_full_refuses_at_once_until_a_stream_is_over(stack:
 async def test_a_full_base_refuses_before_any_work(
     telemetry_config: TelemetryConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No event of an answer that never was, no turn of the user's pairs taken, no wait for Redis."""
+    """No event of an answer that never was, no turn of the user's pairs taken, and the place is given back."""
     monkeypatch.setattr("router.backends.ConcurrencyLimit", lambda *_, **more: ConcurrencyLimit(1.0, 1.0, **more))
     async with running_stack(telemetry_config, engine=EchoEngine(token_s=0.05), config=fast(pair_ratio=1.0)) as stack:
         await stack.consent("ann")
@@ -391,3 +391,4 @@ async def test_a_full_base_refuses_before_any_work(
         [event] = await stack.events(CompletionServed, expected=1)
         assert event.error == ""
         assert await stack.metric("tiebreak_requests_total", code="503") == refused + 1
+        assert await stack.metric("tiebreak_requests_in_flight") == 0

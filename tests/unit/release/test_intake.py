@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from deploy.release.intake import OWN_ERRORS, inputs_of
+from deploy.release.intake import OWN_ERRORS, inputs_of, is_answering
 from deploy.release.state import Served
 from telemetry.events import Channel, CompletionServed
+from telemetry.routing import Replica, ReplicaTable, VariantRoute
 
 
 def served(error: str, *, channel: Channel = "stable", finish_reason: str = "error") -> CompletionServed:
@@ -35,3 +36,26 @@ def test_pinned_answers_and_cancelled_ones_are_no_evidence() -> None:
     assert inputs_of(served("", channel="pinned", finish_reason="stop")) is None
     assert inputs_of(served("", finish_reason="cancelled")) is None
     assert inputs_of(served("", finish_reason="stop")) is not None
+
+
+@pytest.mark.parametrize(
+    ("base", "version", "age_s", "expected"),
+    [
+        ("tiny", "v1", 0.0, True),
+        ("tiny", "v2", 0.0, True),
+        ("tiny", "v3", 0.0, False),  # a shadow: probes alone ask it
+        ("other", "v1", 0.0, False),
+        ("tiny", "v1", 60.0, False),  # nobody knows any more
+    ],
+)
+def test_a_replica_that_answers_users_now_means_that_they_ask(
+    base: str, version: str, age_s: float, expected: bool
+) -> None:
+    route = VariantRoute("main", "tiny", "v0", stable="v1", previous="v0", canary="v2", shadow="v3")
+    busy = Replica("r", base, "http://r", True, ("v0", "v1", "v2", "v3"), 1, 0, in_flight_by_version={version: 1})
+    assert is_answering(ReplicaTable(1000.0 - age_s, (busy,)), route, 1000.0, 10.0) is expected
+
+
+def test_without_a_table_nobody_is_seen_asking() -> None:
+    route = VariantRoute("main", "tiny", "v0", stable="v1", previous="v0")
+    assert not is_answering(None, route, 1000.0, 10.0)

@@ -176,7 +176,9 @@ async def test_more_completions_than_places_are_refused(model: Path) -> None:
     await engine.close()
 
 
-@pytest.mark.parametrize("fault", ["rank above the slots'", "unknown module", "wrong shape", "not finite", "no weights"])
+@pytest.mark.parametrize(
+    "fault", ["rank above the slots'", "unknown module", "wrong shape", "not finite", "no weights"]
+)
 async def test_an_adapter_that_does_not_fit_is_refused_and_its_slot_is_free(
     engine: TransformersEngine, model: Path, tmp_path: Path, fault: str
 ) -> None:
