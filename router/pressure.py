@@ -3,10 +3,10 @@
 The signal is the time to the first token, never the time of a whole answer, which depends on how much is said. Samples
 are judged in windows: a window's median above ``TOLERANCE`` times the calm median, and more than ``patience_s`` above
 it, means that requests wait somewhere, and what was in flight, divided by that ratio, is the new limit; otherwise the
-limit, where half of it was used, grows by half its square root. Calm is measured, not assumed: when ``PROBE_S`` of cuts
-have not helped, the limit is halved for one window (as BBR probes a path's round-trip time), and the median without a
-queue is the new calm: prompts became longer, or the model slower. A window counts only what was asked since it began,
-so that no limit is judged by what came before it. After the gradient limits of Netflix's concurrency-limits.
+limit grows by half its square root. Calm is measured, not assumed: when ``PROBE_S`` of cuts have not helped, the limit
+is halved for one window (as BBR probes a path's round-trip time), and the median without a queue is the new calm:
+prompts became longer, or the model slower. A window counts only what was asked since it began, so that no limit is
+judged by what came before it. After the gradient limits of Netflix's concurrency-limits.
 """
 
 from __future__ import annotations
@@ -88,8 +88,7 @@ class ConcurrencyLimit:
         self._calm_s = min(self._calm_s, median_s)
         excess = median_s / max(TOLERANCE * self._calm_s, self._calm_s + self._patience_s)
         if excess <= 1.0:
-            if self._peak >= self.limit / 2:
-                self.limit = min(self._most, self.limit + math.sqrt(self.limit) / 2)
+            self.limit = min(self._most, self.limit + math.sqrt(self.limit) / 2)
         elif self._peak > self._least:
             self.limit = max(self._least, min(self._peak, self.limit) * max(MOST_CUT, 1.0 / excess))
         if excess <= 1.0:

@@ -23,7 +23,7 @@ from tests.bench.fleet import OTHER_CORE, SERVING_CORE, Fleet, fleet
 from tests.bench.raw_http import Answer, RawClient, open_loop
 
 SERVING = {"threads": 1, "slots": 2, "max_context": 512, "max_batch": 16}
-ROUTER = {"min_in_flight": 16, "patience_s": 0.02}  # little waits for a place in the batch; the defaults let more
+ROUTER = {"min_in_flight": 16, "patience_s": 0.05}  # little waits for a place in the batch; the defaults let more
 CLIENTS, PEAK_S, CALM_S, FLOOD_S = 24, 15.0, 20.0, 120.0
 CALM_SHARE, FLOOD_FACTOR = 0.25, 4.0
 BODY = {"model": "chat", "messages": [{"role": "user", "content": "How do I keep basil alive?"}], "max_tokens": 16}
