@@ -387,8 +387,10 @@ async def test_a_full_base_refuses_before_any_work(
         status, body, headers = await stack.ask(user="ann")
         assert (status, body["error"]["code"], headers["retry-after"]) == (503, "overloaded", "1")
         assert [key async for key in stack.redis.scan_iter("tiebreak:pair-cap:*")] == []
+        status, body, _ = await stack.ask(model="chat@stable")
+        assert (status, body["error"]["code"]) == (503, "overloaded")
         assert (await served)[0] == 200
         [event] = await stack.events(CompletionServed, expected=1)
         assert event.error == ""
-        assert await stack.metric("tiebreak_requests_total", code="503") == refused + 1
+        assert await stack.metric("tiebreak_requests_total", code="503") == refused + 2
         assert await stack.metric("tiebreak_requests_in_flight") == 0
