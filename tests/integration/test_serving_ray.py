@@ -51,7 +51,7 @@ class Serving:
         self.redis.set(REPLICAS_KEY, msgspec.json.encode(ReplicaTable(time.time(), (left_over,))))
         config = state / "run" / "config.toml"
         config.parent.mkdir(parents=True)
-        base = {"threads": 1, "slots": 3, "max_context": 512}
+        base = {"threads": 1, "slots": 3, "max_context": 512, "dtype": "float32"}  # its tokens equal the reference's
         document = {
             "telemetry": {"state": str(state), "redis_url": redis_url},
             "serving": {

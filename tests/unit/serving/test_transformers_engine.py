@@ -35,7 +35,10 @@ from tests.unit.serving.kit import (
     text_of,
 )
 
-OPTIONS = BaseConfig(threads=1, max_context=256, slots=4, chunk_tokens=8, idle_chunk_tokens=16, max_queue=32)
+# float32, whatever this processor multiplies best: only there are tokens equal and not merely near
+OPTIONS = BaseConfig(
+    dtype="float32", threads=1, max_context=256, slots=4, chunk_tokens=8, idle_chunk_tokens=16, max_queue=32
+)
 
 
 async def started(model: Path, options: BaseConfig = OPTIONS) -> TransformersEngine:
@@ -98,6 +101,25 @@ async def test_logprobs_are_those_of_transformers_before_temperature(engine: Tra
         assert token.logprob == pytest.approx(float(expected[place, token.token_id]), abs=1e-4)
         likeliest = expected[place].topk(4).values.tolist()
         assert [top.logprob for top in token.top] == pytest.approx(likeliest, abs=1e-4)
+
+
+async def test_in_bfloat16_log_probs_are_near_those_of_transformers(tiny_model: Path, tmp_path: Path) -> None:
+    engine = await started(tiny_model, msgspec.structs.replace(OPTIONS, dtype="bfloat16"))
+    version = await load(engine, tiny_model, tmp_path, 1)
+    prompts = {"base": engine.base_version, "of more than one chunk, with an adapter": version}
+    answers = await asyncio.gather(*(answer(engine, request(v, p)) for p, v in prompts.items()))
+    await engine.close()
+    for (prompt, version), chunks in zip(prompts.items(), answers, strict=True):
+        reference = Reference(tiny_model, None if version == engine.base_version else 1)
+        ids = reference.prompt_ids(prompt)
+        expected = reference.logprobs(ids + ids_of(chunks))[len(ids) - 1 :]
+        said = [token.logprob for chunk in chunks for token in chunk.tokens]
+        own = [float(expected[place, token]) for place, token in enumerate(ids_of(chunks))]
+        assert said == pytest.approx(own, abs=0.3)
+        unadapted = Reference(tiny_model).logprobs(ids + ids_of(chunks))[len(ids) - 1 :]
+        other = [float(unadapted[place, token]) for place, token in enumerate(ids_of(chunks))]
+        if version != engine.base_version:
+            assert said != pytest.approx(other, abs=0.3), "the adapter takes part"
 
 
 async def test_a_seeded_answer_does_not_depend_on_what_shares_its_batch(engine: TransformersEngine) -> None:
