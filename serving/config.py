@@ -22,7 +22,7 @@ class BaseConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     engine: Literal["transformers", "echo", "openai"] = "transformers"
     # "auto" (a GPU if there is one), "cpu", "cuda".
     device: str = "auto"
-    # "auto" is bfloat16 where the hardware multiplies it, else float32.
+    # "auto" is bfloat16 on a GPU; on a processor float32, with prompts multiplied in bfloat16 where it can do that.
     dtype: Literal["auto", "bfloat16", "float32", "float16"] = "auto"
     # CPU threads of one replica; 0: all cores. They are shared with the trainer.
     threads: int = 0

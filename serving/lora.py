@@ -10,14 +10,12 @@ Dimensions: I inputs, O outputs of the whole group, M members, R rank, T tokens.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
-from serving.product import Product, packed
+from serving.product import Product, product
 
 SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
@@ -44,7 +42,7 @@ class FusedLinear:
         if any(member.bias is not None for member in members):
             bias = torch.cat([m.weight.new_zeros(m.out_features) if m.bias is None else m.bias.data for m in members])
         weight = torch.cat([m.weight.data for m in members])
-        self._multiply: Product = packed(weight, bias) or partial(linear, weight=weight, bias=bias)
+        self._multiply: Product = product(weight, bias, many=stack.many_dtype)
         self._stack = stack
         width, outputs = len(members) * stack.rank_max, sum(self.sizes)
         device = first.weight.device
@@ -116,8 +114,10 @@ class Member(nn.Module):
 class LoraStack:
     """All fused linears of a model; ``segments`` says which version each token of the step belongs to."""
 
-    def __init__(self, model: nn.Module, *, slots: int, rank_max: int, dtype: torch.dtype) -> None:
-        self.slots, self.rank_max, self.dtype = slots, rank_max, dtype
+    def __init__(
+        self, model: nn.Module, *, slots: int, rank_max: int, dtype: torch.dtype, many_dtype: torch.dtype | None = None
+    ) -> None:
+        self.slots, self.rank_max, self.dtype, self.many_dtype = slots, rank_max, dtype, many_dtype
         self.ranks = [0] * (slots + 1)
         self.segments: list[Segment] = []
         self.targets: dict[str, tuple[FusedLinear, int]] = {}

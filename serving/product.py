@@ -1,23 +1,43 @@
-"""The product of few tokens with a wide weight, quicker on processors without bfloat16.
+"""The product of tokens with a weight, by the quickest way on a processor.
 
-On a processor a decoding step waits for the weights to come from memory. MKL's float32 product reads them at full
-width, and takes for two tokens nearly twice as long as for one. FBGEMM's reads them in half precision, once for up to
-six tokens, and still multiplies and sums in float32. It is used where half precision holds the weights as they are,
-which those of a checkpoint in bfloat16 or float16 are, but for the very small (DECISIONS.md has the measurements).
+A decoding step waits for the weights to come from memory. MKL's float32 product reads them at full width, and takes
+for two tokens nearly twice as long as for one. FBGEMM's reads them in half precision, once for up to six tokens, and
+still multiplies and sums in float32. It is used where half precision holds the weights as they are, which those of a
+checkpoint in bfloat16 or float16 are, but for the very small. Many tokens (a prompt's) wait for the multiplications
+instead, and take two thirds of the time where a processor multiplies bfloat16 (DECISIONS.md has the measurements).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 Product = Callable[[Tensor], Tensor]
 
 LOSS = 2.0**-14  # of the largest weight; a float32 made a half would lose up to 2⁻¹¹ of itself, and is left alone
 SLICE_ROWS = 4096  # looked at together, so that a vocabulary's width needs no second copy
+FEW_TOKENS = 8  # for more of them bfloat16 is quicker than halves, on a processor that multiplies it
+
+
+def product(weight_OI: Tensor, bias_O: Tensor | None, *, many: torch.dtype | None = None) -> Product:
+    """``x[…, I] → x @ weightᵀ + bias``; of more than ``FEW_TOKENS`` tokens in the type ``many``, where one is given."""
+    few = packed(weight_OI, bias_O)
+    if many is None:
+        return few or partial(linear, weight=weight_OI, bias=bias_O)
+    weight, bias = weight_OI.to(many), None if bias_O is None else bias_O.to(many)
+
+    def rounded(x: Tensor) -> Tensor:
+        return linear(x.to(many), weight, bias).to(x.dtype)
+
+    if few is None:
+        return rounded
+    limit = FEW_TOKENS * weight_OI.shape[1]
+    return lambda x: few(x) if x.numel() <= limit else rounded(x)
 
 
 def packed(weight_OI: Tensor, bias_O: Tensor | None) -> Product | None:

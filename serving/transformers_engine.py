@@ -80,9 +80,11 @@ class TransformersEngine:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         torch.set_num_threads(options.threads or os.cpu_count() or 1)
+        dtype, many_dtype = _dtypes(options.dtype, device)
         self._runner = Runner(
             self._folder,
-            dtype=_dtype(options.dtype, device),
+            dtype=dtype,
+            many_dtype=many_dtype,
             device=device,
             slots=options.slots,
             rank_max=options.rank_max,
@@ -302,11 +304,12 @@ def _deliver(deliveries: list[tuple[Ticket, list[Chunk]]]) -> None:
             ticket.arrived.put_nowait(chunk)
 
 
-def _dtype(name: str, device: str) -> torch.dtype:
-    """``auto``: bf16 where the hardware multiplies it, else fp32 (a CPU without it is several times slower)."""
+def _dtypes(name: str, device: str) -> tuple[torch.dtype, torch.dtype | None]:
+    """What is computed in, and what products of many tokens are, if in another type (serving/product.py)."""
     if name != "auto":
         dtype = getattr(torch, name)
         assert isinstance(dtype, torch.dtype)
-        return dtype
-    has_bf16 = device != "cpu" or torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if has_bf16 else torch.float32
+        return dtype, None
+    if device != "cpu":
+        return torch.bfloat16, None
+    return torch.float32, torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else None

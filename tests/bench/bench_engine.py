@@ -1,7 +1,8 @@
 """The engine on the real model against transformers' own continuous batching, in one process: ``make bench-engine``.
 
 Neither Ray nor Kafka nor Redis takes part. Rounds are interleaved and figures are medians; both sides use the same
-threads. Adapters are random, of rank 16 on all linears; the other side computes with their weights merged.
+threads. Adapters are random, of rank 16 on all linears; the other side computes with their weights merged, in the type
+that this processor multiplies best.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, ContinuousBatching
 
 from deploy.config import model_cache
 from deploy.models import prepare_model
+from online_trainer.policy import native_dtype
 from serving.config import BaseConfig
 from serving.safety import OutputFilter
 from serving.transformers_engine import TransformersEngine
@@ -121,7 +123,7 @@ async def main() -> None:
         ]
         memory = await load_all(ours, published)
         names = [name for name, _ in published]
-        base = AutoModelForCausalLM.from_pretrained(model, dtype=engine._runner.kv.keys.dtype)
+        base = AutoModelForCausalLM.from_pretrained(model, dtype=native_dtype())
         tokenizer = AutoTokenizer.from_pretrained(model)
         models = [merged(base, path) for _, path in published[:4]]
         rows = [*await throughput(ours, [Theirs(m, tokenizer) for m in models], names), *await pairs(ours, names)]

@@ -1,10 +1,10 @@
 """The closed loop's bars, by HTTP only, on the real model: ``make bench-loop``.
 
 Stages on one running stack: a persona's verdicts, while versions are trained and swapped; stable against base on
-prompts never asked, right after the last verdict's version (a detail) and again when the trainer has gone over all
-verdicts in the quiet that follows; then, with the first persona, further verdicts with a thousand other chat requests
-beside them. The personas are those that nobody tuned on. Perplexity is the base model's, over each answer given its
-prompt.
+prompts never asked, ``ANSWERS`` answers to each, right after the last verdict's version (a detail) and again when the
+trainer has gone over all verdicts in the quiet that follows; then, with the first persona, further verdicts with a
+thousand other chat requests beside them. The personas are those that nobody tuned on. Perplexity is the base model's,
+over each answer given its prompt.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ USERS = 6
 BACKGROUND_REQUESTS, BACKGROUND_USERS = 1000, 4
 LIVE_LIMIT_S, REST_LIMIT_S = 240.0, 120.0
 IDLE_S, REHEARSAL_LIMIT_S = 30.0, 900.0
+ANSWERS = 3  # to each prompt: of one answer each, chance alone moves the ratio of repetitions by half (DECISIONS.md)
+ASKED = EVALUATION_PROMPTS * ANSWERS
 
 
 @dataclass
@@ -127,7 +129,7 @@ def _stages(receipt: dict[str, Any]) -> dict[str, datetime]:
 
 
 async def answers(api: Api, model: str) -> list[str]:
-    """One answer to each evaluation prompt; the same seeds for every model."""
+    """``ANSWERS`` answers to each evaluation prompt; the same seeds for every model."""
     gate = asyncio.Semaphore(USERS)
 
     async def one(index: int, prompt: str) -> str:
@@ -135,16 +137,21 @@ async def answers(api: Api, model: str) -> list[str]:
             answer = await api.ask(prompt, model=model, max_tokens=MAX_TOKENS, temperature=0.7, top_p=0.95, seed=index)
         return answer.texts[0]
 
-    return await asyncio.gather(*(one(index, prompt) for index, prompt in enumerate(EVALUATION_PROMPTS)))
+    return await asyncio.gather(*(one(index, prompt) for index, prompt in enumerate(ASKED)))
 
 
-def win_rate(persona: str, stable: list[str], base: list[str]) -> float:
-    """Share of evaluation prompts on which the persona prefers stable; a tie counts half."""
+def win_rates(persona: str, stable: list[str], base: list[str]) -> list[float]:
+    """Of each round of answers to the prompts: the share in which the persona prefers stable; a tie counts half."""
     points = []
-    for prompt, ours, theirs in zip(EVALUATION_PROMPTS, stable, base, strict=True):
+    for prompt, ours, theirs in zip(ASKED, stable, base, strict=True):
         verdict = choose(PERSONAS[persona], prompt, ours, theirs, random.Random(0))
         points.append({"a": 1.0, "b": 0.0}.get(verdict, 0.5))
-    return statistics.mean(points)
+    return _of_each_round(points)
+
+
+def _of_each_round(values: list[float]) -> list[float]:
+    size = len(EVALUATION_PROMPTS)
+    return [statistics.mean(values[first : first + size]) for first in range(0, len(values), size)]
 
 
 def perplexity(texts: list[str], folder: str) -> float:
@@ -152,7 +159,7 @@ def perplexity(texts: list[str], folder: str) -> float:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     total, count = 0.0, 0
-    for prompt, text in zip(EVALUATION_PROMPTS, texts, strict=True):
+    for prompt, text in zip(ASKED, texts, strict=True):
         chat = [{"role": "user", "content": prompt}]
         head = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
         tail = tokenizer(text, add_special_tokens=False).input_ids
@@ -202,10 +209,14 @@ async def run(persona: str, seed: int, *, with_traffic: bool) -> dict[str, Any]:
     return {
         "journeys": journeys,
         "choices": dict(clicks.choices),
-        "win_rate": win_rate(persona, stable, base),
-        "win_rate_before_rehearsal": win_rate(persona, early, base),
+        "win_rates": win_rates(persona, stable, base),
+        "win_rates_before_rehearsal": win_rates(persona, early, base),
         "rehearsed_s": rehearsed_s,
         "language": language_ratios(stable, base, folder),
+        "repetitions": {
+            whose: _of_each_round([repetition_ratio(text) for text in texts])
+            for whose, texts in (("stable", stable), ("base", base))
+        },
         "sample": stable[:3],
         **beside,
     }
@@ -244,13 +255,14 @@ def rows_of(persona: str, result: dict[str, Any]) -> list[dict[str, Any]]:
     return [
         record.row(
             f"win rate against base on {len(EVALUATION_PROMPTS)} new prompts after {VERDICTS} verdicts, {persona}",
-            result["win_rate"],
+            statistics.mean(result["win_rates"]),
             "",
             bar=0.7,
             better="higher",
             choices=result["choices"],
             ends=dict(result["journeys"].ends),
-            before_rehearsal=result["win_rate_before_rehearsal"],
+            of_each_round=result["win_rates"],
+            before_rehearsal=statistics.mean(result["win_rates_before_rehearsal"]),
             rehearsed_s=result["rehearsed_s"],
             sample=result["sample"],
         ),
@@ -261,6 +273,7 @@ def rows_of(persona: str, result: dict[str, Any]) -> list[dict[str, Any]]:
             bar=1.5,
             better="lower",
             **result["language"],
+            repetition_of_each_round=result["repetitions"],
         ),
         live_row(persona, result["journeys"]),
     ]

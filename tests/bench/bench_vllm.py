@@ -1,10 +1,10 @@
 """The engine against a real vLLM on the CPU, the same prompts to both: ``make bench-vllm``.
 
-Base alone and with one LoRA of rank 16, at 1, 2 and 16 requests at once. Both have the same cores and dtype, no prefix
-cache, and are asked in turn; vLLM's processes are stopped while others compute. Ours has one thread, as the default
-stack gives it; vLLM runs twice, with the threads that it chooses itself (it leaves a core to its front end) and with
-one on every core, and each figure is against the better of the two. It is asked for text alone, ours computes every
-token's log-probability, too. Medians over rounds.
+Base alone and with one LoRA of rank 16, at 1, 2 and 16 requests at once. Both have the same cores and no prefix cache,
+and are asked in turn; vLLM's processes are stopped while others compute. Ours has its default type and one thread, as
+the default stack gives it; vLLM has the type that this processor multiplies best, and runs twice, with the threads
+that it chooses itself (it leaves a core to its front end) and with one on every core; each figure is against the
+better of the two. It is asked for text alone, ours computes every token's log-probability, too. Medians over rounds.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from transformers import AutoTokenizer
 
 from deploy.config import model_cache
 from deploy.models import prepare_model
+from online_trainer.policy import native_dtype
 from serving.config import BaseConfig
 from serving.peft_folder import base_shapes, write_peft
 from serving.safety import OutputFilter
@@ -96,7 +97,7 @@ async def main() -> None:
     options = BaseConfig(threads=OUR_THREADS, max_context=512, max_batch=max(COUNTS), slots=1, cache_rows=0)
     engine = TransformersEngine(model, base_digest(model), BASE, options, OutputFilter(()))
     await engine.start()
-    dtype = str(engine._runner.kv.keys.dtype).removeprefix("torch.")
+    dtype = str(native_dtype()).removeprefix("torch.")
     tokenizer = AutoTokenizer.from_pretrained(model)
     sides: dict[str, Theirs] = {}
     with tempfile.TemporaryDirectory() as name:

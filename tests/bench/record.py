@@ -40,7 +40,13 @@ def row(
 
 def save(bench: str, command: str, rows: list[dict[str, Any]]) -> None:
     """Print the rows, one a line, and keep them with what they were measured on; of one name, the last."""
-    machine = {"cores": os.cpu_count(), "cpu": _cpu(), "python": platform.python_version(), "gpu": None}
+    machine = {
+        "cores": os.cpu_count(),
+        "cpu": _cpu(),
+        "multiplies_bfloat16": "avx512_bf16" in Path("/proc/cpuinfo").read_text(),
+        "python": platform.python_version(),
+        "gpu": None,
+    }
     document: dict[str, Any] = {
         "command": command,
         "machine": machine,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
-from serving.product import Head, pack_head, packed
+from serving.product import FEW_TOKENS, Head, pack_head, packed, product
 
 needs_fbgemm = pytest.mark.skipif(
     "fbgemm" not in torch.backends.quantized.supported_engines, reason="this processor has no FBGEMM"
@@ -46,6 +46,26 @@ def test_small_weights_are_judged_by_their_own_size() -> None:
 
 def test_weights_of_another_type_are_left_as_they_are() -> None:
     assert not packed(weight(24, 16).bfloat16(), None)
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_many_tokens_are_multiplied_in_the_type_for_many(stored: torch.dtype, has_bias: bool) -> None:
+    wide, bias = weight(70, 48, stored), torch.randn(70) if has_bias else None
+    multiply = product(wide, bias, many=torch.bfloat16)
+    for tokens in (1, FEW_TOKENS, FEW_TOKENS + 1, 40):
+        x = torch.randn(1, tokens, 48)
+        found, exact = multiply(x), linear(x, wide, bias)
+        rounded = linear(x.bfloat16(), wide.bfloat16(), None if bias is None else bias.bfloat16()).float()
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, exact, atol=0.02, rtol=0.02)
+        is_exact = tokens <= FEW_TOKENS and packed(wide, bias) is not None
+        torch.testing.assert_close(found, exact if is_exact else rounded, atol=1e-5, rtol=1e-5)
+
+
+def test_without_a_type_for_many_every_product_is_exact() -> None:
+    wide, x = weight(70, 48, torch.float32), torch.randn(1, 40, 48)
+    assert torch.equal(product(wide, None)(x), linear(x, wide))
 
 
 @needs_fbgemm

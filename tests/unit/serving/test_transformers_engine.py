@@ -6,7 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jsonschema
 import msgspec
@@ -103,23 +103,27 @@ async def test_logprobs_are_those_of_transformers_before_temperature(engine: Tra
         assert [top.logprob for top in token.top] == pytest.approx(likeliest, abs=1e-4)
 
 
-async def test_in_bfloat16_log_probs_are_near_those_of_transformers(tiny_model: Path, tmp_path: Path) -> None:
-    engine = await started(tiny_model, msgspec.structs.replace(OPTIONS, dtype="bfloat16"))
-    version = await load(engine, tiny_model, tmp_path, 1)
-    prompts = {"base": engine.base_version, "of more than one chunk, with an adapter": version}
-    answers = await asyncio.gather(*(answer(engine, request(v, p)) for p, v in prompts.items()))
+@pytest.mark.parametrize("dtype", ["bfloat16", "auto"])
+async def test_in_bfloat16_log_probs_are_near_those_of_transformers(
+    dtype: Literal["bfloat16", "auto"], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    engine = await started(model, msgspec.structs.replace(OPTIONS, dtype=dtype, chunk_tokens=16))
+    version = await load(engine, model, tmp_path, 1)
+    asked = [(engine.base_version, None, "the base"), (version, 1, "an adapter, and more tokens than one chunk takes")]
+    answers = await asyncio.gather(*(answer(engine, request(v, prompt)) for v, _, prompt in asked))
     await engine.close()
-    for (prompt, version), chunks in zip(prompts.items(), answers, strict=True):
-        reference = Reference(tiny_model, None if version == engine.base_version else 1)
-        ids = reference.prompt_ids(prompt)
-        expected = reference.logprobs(ids + ids_of(chunks))[len(ids) - 1 :]
+    for (_, seed, prompt), chunks in zip(asked, answers, strict=True):
         said = [token.logprob for chunk in chunks for token in chunk.tokens]
-        own = [float(expected[place, token]) for place, token in enumerate(ids_of(chunks))]
-        assert said == pytest.approx(own, abs=0.3)
-        unadapted = Reference(tiny_model).logprobs(ids + ids_of(chunks))[len(ids) - 1 :]
-        other = [float(unadapted[place, token]) for place, token in enumerate(ids_of(chunks))]
-        if version != engine.base_version:
-            assert said != pytest.approx(other, abs=0.3), "the adapter takes part"
+        assert said == pytest.approx(expected_logprobs(Reference(model, seed), prompt, ids_of(chunks)), abs=0.3)
+        assert said != pytest.approx(expected_logprobs(Reference(model, 2), prompt, ids_of(chunks)), abs=0.3)
+
+
+def expected_logprobs(reference: Reference, prompt: str, made: list[int]) -> list[float]:
+    """Of each token of the answer ``made``."""
+    ids = reference.prompt_ids(prompt)
+    table = reference.logprobs(ids + made)[len(ids) - 1 :]
+    return [float(table[place, token]) for place, token in enumerate(made)]
 
 
 async def test_a_seeded_answer_does_not_depend_on_what_shares_its_batch(engine: TransformersEngine) -> None:
