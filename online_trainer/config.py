@@ -73,9 +73,13 @@ class TrainerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     replay_pairs: int = 4
     replay_window: int = 128
     # Steps that one verdict takes part in at most. When no verdict has come for rehearse_s seconds, earlier ones are
-    # gone through again up to this; 1: none is seen twice. What a refused version went through is not repeated.
+    # gone through again up to this, or until kl_budget is used up; 1: none is seen twice. What a refused version went
+    # through is not repeated.
     max_passes: int = 4
     rehearse_s: float = 5.0
+    # Share of learning_rate in a step on earlier verdicts alone: it already tells these pairs apart, and a whole
+    # step would move mostly at random (DECISIONS.md).
+    rehearse_rate: float = 0.25
     # Verdicts of one user in one step; the others wait for the next (one eager person is not a crowd).
     max_pairs_per_user: int = 4
     # Share of prompts (by hash) that are never trained on, and how many of their verdicts judge a version.

@@ -21,6 +21,7 @@ from online_trainer.policy import Encoded, Policy
 
 T = TypeVar("T")
 SHRINKINGS = 3  # tries to get back into the budget; the square law is exact only for small adapters
+SLACK = 1.02  # of the budget, before anything is shrunk
 TRUSTED_FACTOR = 0.8  # a smaller correction than this follows the law closely enough not to be measured again
 
 
@@ -38,6 +39,7 @@ class Learner:
         self.policy, self.step = policy, 0
         self._config, self._kl_per_token = config, kl_per_token
         self.optimizer = self._new_optimizer()
+        self._kl: float | None = None  # of the weights as they are; None where it was not measured yet
 
     def _new_optimizer(self) -> torch.optim.AdamW:
         config = self._config
@@ -48,19 +50,32 @@ class Learner:
             weight_decay=config.weight_decay,
         )
 
-    def forget_momentum(self) -> None:
-        """After the weights were replaced: what the optimizer knew belongs to others."""
-        self.optimizer = self._new_optimizer()
+    def weights_replaced(self) -> None:
+        """What the optimizer knew belongs to other weights."""
+        self.optimizer, self._kl = self._new_optimizer(), None
+
+    def step_back(self, factor: float) -> None:
+        """Multiply what was learned by ``factor``: the same direction, closer to the base."""
+        self.policy.shrink(factor)
+        self._kl = None
+
+    def is_at_the_edge(self) -> bool:
+        """Whether the budget is used up: a step can turn the adapter then, and no longer carry it further."""
+        if not self._config.kl_budget:
+            return False
+        self._kl = self._kl_per_token() if self._kl is None else self._kl
+        return self._kl * SLACK >= self._config.kl_budget
 
     def shuffled(self, earlier: Sequence[T]) -> list[T]:
         """Earlier verdicts in this step's own random order; the same one after a restart."""
         return random.Random(f"{self._config.seed}/{self.step}").sample(list(earlier), len(earlier))
 
-    def learn(self, examples: Sequence[Example]) -> dict[str, float]:
-        """Take one optimizer step on ``examples``; TRL's metric names."""
+    def learn(self, examples: Sequence[Example], *, is_rehearsal: bool = False) -> dict[str, float]:
+        """Take one optimizer step on ``examples``, a smaller one where none of them is new; TRL's metric names."""
         metrics = self._accumulate([example.encoded for example in examples])
         norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self._config.max_grad_norm)
         rate = self._config.learning_rate * min(1.0, (self.step + 1) / max(1, self._config.warmup_steps))
+        rate *= self._config.rehearse_rate if is_rehearsal else 1.0
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
@@ -95,10 +110,11 @@ class Learner:
         """Shrink the adapter until its KL is within the budget: (KL now, factor applied)."""
         kl, budget, shrunk = self._kl_per_token(), self._config.kl_budget, 1.0
         for _ in range(SHRINKINGS if budget else 0):
-            if kl <= budget * 1.02:
+            if kl <= budget * SLACK:
                 break
             factor = math.sqrt(budget / kl)
             self.policy.shrink(factor)
             shrunk *= factor
             kl = budget if factor >= TRUSTED_FACTOR else self._kl_per_token()
+        self._kl = kl
         return kl, shrunk

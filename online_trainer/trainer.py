@@ -176,9 +176,13 @@ class Trainer:
     def _rehearsal(self, *, is_caught_up: bool) -> list[Verdict]:
         """Earlier verdicts for a step of their own, where nothing new has come for a while."""
         is_idle = is_caught_up and not self._intake.pending
-        if not (is_idle and self._is_due(self._learned_at, self._config.rehearse_s)):
+        if not (is_idle and self._is_due(self._learned_at, self._config.rehearse_s)) or self._is_rehearsed():
             return []
         return self._earlier(self._config.batch_pairs)
+
+    def _is_rehearsed(self) -> bool:
+        """Whether going over earlier verdicts once more teaches nothing: all were, or the budget is used up."""
+        return not self._intake.replayable(self._config.max_passes) or self._learner.is_at_the_edge()
 
     def _earlier(self, count: int) -> list[Verdict]:
         """Those first that have been seen least; of one user no more than in any step."""
@@ -195,7 +199,7 @@ class Trainer:
         """One step on the new verdicts ``batch`` and earlier ones."""
         with tracing.span("train step", linked=[verdict.trace for verdict in batch]) as span:
             trace_id, span_id = tracing.ids(span)
-            values = self._learner.learn(self._examples.of([*batch, *replayed]))
+            values = self._learner.learn(self._examples.of([*batch, *replayed]), is_rehearsal=not batch)
         for verdict in batch:
             if verdict.trace[0]:  # a mark in the verdict's own trace, so that one trace leads from click to version
                 tracing.record("trained", within=tracing.parent(*verdict.trace), linked=[(trace_id, span_id)])
@@ -277,8 +281,7 @@ class Trainer:
 
     def _has_news(self) -> bool:
         """Whether the weights know a verdict that no version knows, or have gone over the earlier ones to the end."""
-        is_rehearsed = self._lineage.steps > 0 and not self._intake.replayable(self._config.max_passes)
-        return bool(self._lineage.preference_ids) or is_rehearsed
+        return bool(self._lineage.preference_ids) or (self._lineage.steps > 0 and self._is_rehearsed())
 
     def _may_publish(self) -> bool:
         return self._published_at is None or self._is_due(self._published_at, self._config.publish_interval_s)
@@ -288,7 +291,7 @@ class Trainer:
         own, limit = self._probe(), self._config.max_perplexity_ratio
         if limit and own["probe_perplexity"] > limit * self._base_metrics["base_probe_perplexity"]:
             log.info("too far from the base", extra={"action": "stepped_back", **own})
-            self._policy.shrink(STEP_BACK)
+            self._learner.step_back(STEP_BACK)
             own = self._probe()
         heldout = evaluate.heldout(self._policy, self._examples.of(self._intake.heldout))
         return {**self._base_metrics, **own, **heldout}
@@ -308,7 +311,7 @@ class Trainer:
             sound = base_version(self._base_digest)
         self._lineage, lost = self._lineage.fallen_back(sound)
         self._intake.unlearned(lost)
-        self._learner.forget_momentum()
+        self._learner.weights_replaced()
         log.info("fell back", extra={"action": "weights_reset", "version": sound})
 
     # ---- what must survive ------------------------------------------------------------------------------------

@@ -96,6 +96,10 @@ async def click_to_live(api: Api, ids: list[str]) -> Journeys:
     return Journeys([_stages(receipt) for receipt in kept], ends)
 
 
+async def stable_version(api: Api) -> str:
+    return str((await api.releases())["routing"]["policies"]["chat"][0]["stable"])
+
+
 async def releases_at_rest(api: Api) -> None:
     """Until the last version is stable or gone: the controller waits for quiet before it decides."""
     deadline = time.monotonic() + REST_LIMIT_S
@@ -200,9 +204,11 @@ async def run(persona: str, seed: int, *, with_traffic: bool) -> dict[str, Any]:
         clicks = await give_clicks(api, persona, Clicks(VERDICTS), users=USERS, seed=seed)
         journeys = await click_to_live(api, clicks.preference_ids)
         await releases_at_rest(api)
+        met = [await stable_version(api)]
         early, base = await answers(api, "chat@stable"), await answers(api, "chat@base")
         rehearsed_s = await trainer_at_rest(state)
         await releases_at_rest(api)
+        met.append(await stable_version(api))
         stable = await answers(api, "chat@stable")
         folder = base_folder(state)
         beside = await beside_traffic(api, http, url, persona, seed + 1) if with_traffic else {}
@@ -217,6 +223,7 @@ async def run(persona: str, seed: int, *, with_traffic: bool) -> dict[str, Any]:
             whose: _of_each_round([repetition_ratio(text) for text in texts])
             for whose, texts in (("stable", stable), ("base", base))
         },
+        "stable_versions": met,
         "sample": stable[:3],
         **beside,
     }
@@ -264,6 +271,7 @@ def rows_of(persona: str, result: dict[str, Any]) -> list[dict[str, Any]]:
             of_each_round=result["win_rates"],
             before_rehearsal=statistics.mean(result["win_rates_before_rehearsal"]),
             rehearsed_s=result["rehearsed_s"],
+            stable_versions=result["stable_versions"],
             sample=result["sample"],
         ),
         record.row(

@@ -149,12 +149,27 @@ def test_in_quiet_times_earlier_verdicts_are_gone_through_again_and_that_is_publ
     counts = Counter(name for batch in bench.batches() for name in batch.replayed_ids)
     assert counts == dict.fromkeys(given, 2)
     assert Counter(name for batch in bench.batches() for name in batch.preference_ids) == dict.fromkeys(given, 1)
+    rehearsed = {batch.metrics["learning_rate"] for batch in bench.batches() if not batch.preference_ids}
+    assert rehearsed == {config.learning_rate * config.rehearse_rate} and config.rehearse_rate < 1
     *learned, last = bench.published()
     assert {name for version in learned for name in version.preference_ids} == given
     assert last.preference_ids == () and last.step == len(bench.batches()) and last.parent == learned[-1].version
     bench.start()  # and nothing more after a restart
     bench.turn(3)
     assert bench.published()[-1] == last and len(bench.batches()) == last.step
+
+
+def test_earlier_verdicts_are_not_gone_over_once_the_budget_is_used_up(
+    telemetry_config: TelemetryConfig, tiny_model: Path
+) -> None:
+    config = msgspec.structs.replace(CONFIG, rehearse_s=0.0, replay_pairs=0, kl_budget=1e-6)
+    bench = Bench(telemetry_config, tiny_model, config)
+    bench.append(*(verdict(n) for n in range(4)))
+    bench.turn(6)
+    assert [batch.preference_ids for batch in bench.batches()] == [tuple(f"preference-{n}" for n in range(4))]
+    bench.start()  # a trainer that starts again measures how far the weights are
+    bench.turn(3)
+    assert len(bench.batches()) == len(bench.published()) == 1
 
 
 def test_no_user_is_a_crowd_when_earlier_verdicts_are_gone_over(
