@@ -76,11 +76,10 @@ def main() -> int:
 def _serve(config: ServingConfig, telemetry: TelemetryConfig, temp: Path) -> None:
     """Start, control until told to stop, stop. Ray wants the main thread: it sets signal handlers of its own."""
     _exit_on_sigterm()
+    _forget_replicas(config, telemetry)  # first of all: a router that starts beside us reads that table within a second
     from serving import app  # after the environment: Ray reads it when it is imported
 
     try:
-        if not config.ray_address:
-            _forget_replicas(telemetry)
         app.start_ray(config, temp)
         _exit_on_sigterm()
         app.start_serve(config)
@@ -90,11 +89,14 @@ def _serve(config: ServingConfig, telemetry: TelemetryConfig, temp: Path) -> Non
         log.info("stopped while starting", extra={"action": "stopped"})
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        _forget_replicas(config, telemetry)
         app.stop_serve(config)
 
 
-def _forget_replicas(telemetry: TelemetryConfig) -> None:
-    """The last run's replicas died with its Ray: nobody shall take their table for the present one."""
+def _forget_replicas(config: ServingConfig, telemetry: TelemetryConfig) -> None:
+    """Replicas die with the Ray that we start: nobody shall take their table for that of the next ones."""
+    if config.ray_address:
+        return
     try:
         with redis_client(telemetry) as client:
             client.set(REPLICAS_KEY, msgspec.json.encode(ReplicaTable(time.time(), ())))

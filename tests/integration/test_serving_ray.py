@@ -168,5 +168,6 @@ def test_sigterm_stops_everything_that_was_started(serving: Serving) -> None:
     tree = psutil.Process(serving.process.pid).children(recursive=True)
     serving.process.send_signal(signal.SIGTERM)
     assert serving.process.wait(60) == 0
+    assert serving.replicas() == (), "nobody takes them for those of the next start"
     _, alive = psutil.wait_procs(tree, timeout=10)
     assert alive == []
