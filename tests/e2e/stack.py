@@ -23,6 +23,7 @@ from deploy.simulate import Clicks, give_clicks, session
 from deploy.status import StackStatus, read_status
 from deploy.supervisor import child_setup
 from telemetry.store import preferences
+from tests.processes import command_line
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = Path(__file__).with_name("tiny.toml")
@@ -63,7 +64,7 @@ class RunningStack:
     def replicas(self) -> list[int]:
         """Process ids of the serving replicas: descendants of the serving process."""
         family = psutil.Process(self.pid("serving")).children(recursive=True)
-        return [process.pid for process in family if "ServeReplica" in " ".join(process.cmdline())]
+        return [process.pid for process in family if "ServeReplica" in command_line(process)]
 
     def family(self) -> list[psutil.Process]:
         """The launcher and everything it started."""

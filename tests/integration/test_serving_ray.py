@@ -32,6 +32,7 @@ from telemetry.routing import (
     VariantRoute,
     decode_replicas,
 )
+from tests.processes import command_line
 from tests.unit.serving.conftest import tiny_model as tiny_model
 from tests.unit.serving.kit import Reference, ids_of, publish, request
 
@@ -95,7 +96,7 @@ class Serving:
     def replica_process(self) -> psutil.Process:
         """The one of ``tiny``: Serve names it after application and deployment."""
         tree = psutil.Process(self.process.pid).children(recursive=True)
-        return next(p for p in tree if "ServeReplica:tiny:" in "".join(p.cmdline()))
+        return next(p for p in tree if "ServeReplica:tiny:" in command_line(p))
 
 
 async def _ask(url: str, version: str, prompt: str) -> list[Chunk]:
