@@ -22,6 +22,7 @@ from online_trainer.policy import Encoded, Policy
 T = TypeVar("T")
 SHRINKINGS = 3  # tries to get back into the budget; the square law is exact only for small adapters
 SLACK = 1.02  # of the budget, before anything is shrunk
+EDGE = 0.9  # of the budget, from where on it counts as used up: a correction that is trusted is right within a tenth
 TRUSTED_FACTOR = 0.8  # a smaller correction than this follows the law closely enough not to be measured again
 
 
@@ -39,7 +40,7 @@ class Learner:
         self.policy, self.step = policy, 0
         self._config, self._kl_per_token = config, kl_per_token
         self.optimizer = self._new_optimizer()
-        self._kl: float | None = None  # of the weights as they are; None where it was not measured yet
+        self._kl: float | None = None  # of the weights as they are; None where that was not measured
 
     def _new_optimizer(self) -> torch.optim.AdamW:
         config = self._config
@@ -64,7 +65,7 @@ class Learner:
         if not self._config.kl_budget:
             return False
         self._kl = self._kl_per_token() if self._kl is None else self._kl
-        return self._kl * SLACK >= self._config.kl_budget
+        return self._kl >= EDGE * self._config.kl_budget
 
     def shuffled(self, earlier: Sequence[T]) -> list[T]:
         """Earlier verdicts in this step's own random order; the same one after a restart."""
@@ -109,12 +110,13 @@ class Learner:
     def _stay_near(self) -> tuple[float, float]:
         """Shrink the adapter until its KL is within the budget: (KL now, factor applied)."""
         kl, budget, shrunk = self._kl_per_token(), self._config.kl_budget, 1.0
+        self._kl = kl
         for _ in range(SHRINKINGS if budget else 0):
             if kl <= budget * SLACK:
                 break
             factor = math.sqrt(budget / kl)
             self.policy.shrink(factor)
             shrunk *= factor
-            kl = budget if factor >= TRUSTED_FACTOR else self._kl_per_token()
-        self._kl = kl
+            self._kl = None if factor >= TRUSTED_FACTOR else self._kl_per_token()
+            kl = budget if self._kl is None else self._kl
         return kl, shrunk
