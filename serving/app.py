@@ -9,6 +9,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import threading
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,8 @@ LOOPBACK = "127.0.0.1"
 START_TRIES = 3
 REPLICA_NAME = "SERVE_REPLICA::"  # how Serve names replica actors; a base without replicas shows its proxy
 CONTROL_S = 5.0  # the controller's answer to "who runs where" may take this long
+SHUTDOWN_S = 10.0  # what Ray gets to stop by itself, and then its own processes; nothing in them is worth waiting for
+LAST_WORDS_S = 2.0
 
 
 @serve.ingress()
@@ -124,13 +129,31 @@ def deploy(config: ServingConfig, state: Path) -> None:
 
 
 def stop_serve(config: ServingConfig) -> None:
-    """End our applications in a cluster that others may use; a cluster of our own ends as a whole."""
+    """End our applications in a cluster that others may use; a cluster of our own ends as a whole, in bounded time.
+
+    ``ray.shutdown`` waits a minute for a raylet that hangs, and the agents of one that was killed as long for a
+    server that is gone.
+    """
     if not ray.is_initialized():
         return
     if config.ray_address:
         for name in config.bases:
             serve.delete(name)
+        ray.shutdown()
+        return
+    family = psutil.Process().children(recursive=True)
+    patience = threading.Timer(SHUTDOWN_S, _kill, (family,))
+    patience.start()
     ray.shutdown()
+    patience.cancel()
+    _, left = psutil.wait_procs(family, timeout=LAST_WORDS_S)
+    _kill(left)
+
+
+def _kill(processes: Iterable[psutil.Process]) -> None:
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 async def replica_urls(base: str, *, host: str = "") -> list[str]:
