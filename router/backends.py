@@ -15,10 +15,10 @@ from collections import Counter
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
 
-import aiohttp
 import msgspec
 
 from router.affinity import PrefixMemory, prefix_keys
+from router.direct import Connection, ConnectionBroken, DirectClient, Unreachable
 from router.errors import (
     DeadlineExceeded,
     InvalidRequest,
@@ -39,7 +39,6 @@ CONNECT_S = 2.0
 STALE_S = 2.0
 TELL_EVERY_S = 1.0
 IMBALANCE = 4  # requests that the reader of a prompt's prefix may have in flight beyond another replica's
-READ_BUFFER_BYTES = 1 << 20
 _encoder = msgspec.json.Encoder()
 _decoder = msgspec.json.Decoder(Chunk)
 
@@ -93,19 +92,20 @@ class ReplicaPool:
         self._prefixes = PrefixMemory()
         # (replica, version) → age of the table that was wrong, and when that was found
         self._stale: dict[tuple[str, str], tuple[float, float]] = {}
-        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=30.0)
-        self._session = aiohttp.ClientSession(
-            connector=connector, read_bufsize=READ_BUFFER_BYTES, cookie_jar=aiohttp.DummyCookieJar()
-        )
+        self._client = DirectClient("/v1/generate", connect_s=CONNECT_S)
 
-    async def close(self) -> None:
+    def close(self) -> None:
         """Close every connection."""
-        await self._session.close()
+        self._client.close()
+
+    def is_full(self, bases: Iterable[str]) -> bool:
+        """Whether none of ``bases``, of which there is at least one, would take one more request."""
+        limits = [self._limit(base) for base in bases]
+        return bool(limits) and all(limit.is_full for limit in limits)
 
     def refuse_if_full(self, bases: Iterable[str]) -> None:
         """Raise Unavailable when none of ``bases`` would take one more request: before any work was put into it."""
-        limits = [self._limit(base) for base in bases]
-        if limits and all(limit.is_full for limit in limits):
+        if self.is_full(bases):
             refuse()
 
     async def generate(self, base: str, request: GenerateRequest) -> AsyncGenerator[list[Chunk]]:
@@ -210,38 +210,42 @@ class ReplicaPool:
         return min(two, key=lambda r: (self._in_flight[r.replica_id], r.in_flight, random.random()))
 
     async def _stream(self, replica: Replica, request: GenerateRequest) -> AsyncGenerator[list[Chunk]]:
-        timeout = aiohttp.ClientTimeout(total=request.deadline_s, sock_connect=CONNECT_S)
-        headers = {"Content-Type": "application/json", "X-Request-ID": request.request_id}
-        if request.traceparent:
-            headers["traceparent"] = request.traceparent
+        """Whole NDJSON lines of each network read, decoded. Leaving early cuts the connection, which cancels."""
         try:
-            async with self._session.post(
-                f"{replica.url}/v1/generate", data=_encoder.encode(request), headers=headers, timeout=timeout
-            ) as response:
-                if response.status != 200:
-                    raise _refused(response.status, await response.read())
-                async for chunks in _lines(response.content):
+            connection = await self._client.connect(replica.url)
+        except Unreachable as error:
+            raise _TryAnother(_unreachable(), is_stale=True) from error
+        try:
+            connection.ask(_headers(request), _encoder.encode(request), request.deadline_s)
+            if (status := await connection.status()) != 200:
+                raise _refused(status, await _rest(connection))
+            rest = b""
+            while data := await connection.read():
+                *lines, rest = (rest + data).split(b"\n")
+                if chunks := [_decoder.decode(line) for line in lines if line]:
                     _check_version(chunks, request.version)
                     yield chunks
-        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
-            raise _TryAnother(_unreachable(), is_stale=True) from error
         except TimeoutError as error:
             raise DeadlineExceeded() from error
-        except (aiohttp.ClientError, OSError) as error:
+        except ConnectionBroken as error:
             raise _TryAnother(_broken()) from error
         except msgspec.DecodeError as error:
             raise UpstreamFailed("The replica's answer cannot be read.") from error
+        finally:
+            connection.let_go()
 
 
-async def _lines(content: aiohttp.StreamReader) -> AsyncGenerator[list[Chunk]]:
-    """Whole NDJSON lines of each network read, decoded."""
-    rest = b""
-    async for data in content.iter_any():
-        *lines, rest = (rest + data).split(b"\n")
-        if chunks := [_decoder.decode(line) for line in lines if line]:
-            yield chunks
-    if rest:
-        yield [_decoder.decode(rest)]
+def _headers(request: GenerateRequest) -> bytes:
+    """Whole lines. Both values are made by this router."""
+    trace = f"traceparent: {request.traceparent}\r\n" if request.traceparent else ""
+    return f"X-Request-ID: {request.request_id}\r\n{trace}".encode()
+
+
+async def _rest(connection: Connection) -> bytes:
+    body = b""
+    while data := await connection.read():
+        body += data
+    return body
 
 
 def _check_version(chunks: list[Chunk], version: str) -> None:

@@ -5,6 +5,7 @@ A user who has said nothing has not opted in. When Redis does not answer, `auto`
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import random
 import time
@@ -15,6 +16,7 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from router.errors import ConsentRequired, Unavailable
+from router.gathered import Gathered
 from router.schema import ChatRequest, ConsentState
 from telemetry.events import utc_now
 
@@ -26,13 +28,13 @@ log = logging.getLogger(__name__)
 class ConsentBook:
     """Consent per user, and how many pairs each was shown in the running minute."""
 
-    def __init__(self, redis: Redis, *, pairs_per_minute: int) -> None:
-        self._redis = redis
+    def __init__(self, redis: Redis, reads: Gathered, *, pairs_per_minute: int) -> None:
+        self._redis, self._reads = redis, reads
         self._pairs_per_minute = pairs_per_minute
 
     async def read(self, user: str) -> ConsentState:
         """The user's consent; not given when nothing is known."""
-        payload = await self._redis.get(CONSENT_KEY + user)
+        payload = await self._reads.ask("GET", CONSENT_KEY + user)
         return msgspec.json.decode(payload, type=ConsentState) if payload else ConsentState(False, None)
 
     async def write(self, user: str, is_pairing: bool) -> ConsentState:
@@ -44,10 +46,8 @@ class ConsentBook:
     async def take_turn(self, user: str) -> bool:
         """Count one more pair of this minute; False above the cap."""
         key = f"{CAP_KEY}{user}:{int(time.time() // 60)}"
-        async with self._redis.pipeline(transaction=True) as pipeline:
-            pipeline.incr(key)
-            pipeline.expire(key, 120)
-            count, _ = await pipeline.execute()
+        begun, counted = self._reads.ask("SET", key, 0, "EX", 120, "NX"), self._reads.ask("INCR", key)
+        _, count = await asyncio.gather(begun, counted)
         return int(count) <= self._pairs_per_minute
 
 

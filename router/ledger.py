@@ -1,7 +1,9 @@
 """What was served goes into the log, the metrics and the memories that verdicts and thumbs need.
 
 Two ways into the log: ``durable`` waits until the entry cannot be lost, ``note`` does not wait and counts
-what failed. Work that no client waits for runs in the background; ``settled`` waits for it.
+what failed. Work that no client waits for runs in the background; ``settled`` waits for it. Of single answers, their
+numbers and what a thumb needs gather for ``GATHER_S`` and leave together: each alone would wake two threads and cost
+a busy router as much as the answer. A router that is killed loses what it had gathered; verdicts never gather.
 """
 
 from __future__ import annotations
@@ -10,7 +12,6 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Future
-from itertools import islice
 from typing import Any, Final, Literal, TypeVar, cast
 
 import msgspec
@@ -20,13 +21,14 @@ from redis.exceptions import RedisError
 from router.arms import Arm
 from router.errors import PayloadTooLarge, Unavailable
 from router.exchange import Answer, Exchange
+from router.gathered import Gathered
 from router.pairs import PairMemory, RememberedPair
 from telemetry import metrics
 from telemetry.event_log import EntryTooLarge, LogUnavailable
-from telemetry.events import TOPIC_OF, AnyEvent, Completion, Message, PairShown, encode, key_of
+from telemetry.events import TOPIC_OF, AnyEvent, Completion, CompletionServed, Message, PairShown, encode, key_of
 from telemetry.outbox import OutboxLog
 
-MEMORY_BATCH: Final = 64
+GATHER_S: Final = 0.02
 COMPLETION_KEY: Final = "tiebreak:completion:"
 ELSEWHERE_S: Final = 0.25
 T = TypeVar("T")
@@ -55,13 +57,17 @@ class RememberedCompletion(msgspec.Struct, frozen=True):
 class Ledger:
     """The one place where the router writes down what it served."""
 
-    def __init__(self, outbox: OutboxLog, redis: Redis, pairs: PairMemory, *, completion_ttl_s: float) -> None:
+    def __init__(
+        self, outbox: OutboxLog, redis: Redis, writes: Gathered, pairs: PairMemory, *, completion_ttl_s: float
+    ) -> None:
         self._log = outbox
-        self._redis = redis
+        self._redis, self._writes = redis, writes
         self._pairs = pairs
         self._completion_ttl_s = int(completion_ttl_s)
-        self._memories: dict[str, RememberedCompletion] = {}  # by key; waiting for the one task that writes them
-        self._writer: asyncio.Task[None] | None = None
+        self._numbers: list[CompletionServed] = []  # gathering
+        self._leaving: asyncio.TimerHandle | None = None
+        self._memories: dict[str, RememberedCompletion] = {}  # by key; until Redis has them
+        self._unwritten: list[str] = []  # keys of those that gather
         self._background: set[asyncio.Task[None]] = set()
 
     async def durable(self, event: AnyEvent) -> Literal["log", "outbox"]:
@@ -119,12 +125,24 @@ class Ledger:
     def close_exchange(self, exchange: Exchange) -> None:
         """Write down every answer of a request that is over, and keep single ones for a thumb."""
         read = set[Arm]()  # arms that read the prompt already: for several answers of one, that is done once
+        if self._leaving is None:
+            self._leaving = asyncio.get_running_loop().call_later(GATHER_S, self._leave)
         for answer in exchange.answers:
-            self.note(answer.served(exchange))
+            self._numbers.append(answer.served(exchange))
             _count(answer, is_prompt_read=answer.arm in read)
             read.add(answer.arm)
             if not exchange.is_pair and answer in exchange.shown and answer.is_whole:
                 self._remember_completion(exchange, answer)
+
+    def _leave(self) -> None:
+        """What gathered goes out."""
+        self._leaving = None
+        numbers, self._numbers = self._numbers, []
+        for event in numbers:
+            self.note(event)
+        if self._unwritten:
+            keys, self._unwritten = self._unwritten, []
+            self.in_background(self._write_memories(keys))
 
     async def recall_completion(self, completion_id: str) -> RememberedCompletion | None:
         """The single answer, or None when it is unknown or too old."""
@@ -138,6 +156,9 @@ class Ledger:
 
     async def settled(self) -> None:
         """Wait for what runs in the background now."""
+        if self._leaving is not None:
+            self._leaving.cancel()
+            self._leave()
         if self._background:
             await asyncio.wait(set(self._background))
 
@@ -145,25 +166,21 @@ class Ledger:
         kept = RememberedCompletion(
             exchange.policy, exchange.user, exchange.caller, exchange.prompt, answer.completion()
         )
-        self._memories[COMPLETION_KEY + answer.completion_id] = kept
-        if self._writer is None or self._writer.done():
-            self._writer = self.in_background(self._write_memories())
+        key = COMPLETION_KEY + answer.completion_id
+        self._memories[key] = kept
+        self._unwritten.append(key)
 
-    async def _write_memories(self) -> None:
-        """What gathers while Redis syncs goes out together; when Redis is away, what waits is let go."""
-        try:
-            while self._memories:
-                batch = dict(islice(self._memories.items(), MEMORY_BATCH))
-                pipeline = self._redis.pipeline(transaction=False)
-                for key, kept in batch.items():
-                    pipeline.set(key, msgspec.json.encode(kept), ex=self._completion_ttl_s)
-                await pipeline.execute()
-                for key in batch:
-                    del self._memories[key]
-        except (RedisError, OSError) as error:
-            lost = len(self._memories)
-            self._memories.clear()
-            log.warning("no thumb for %d answers: %s", lost, error, extra={"action": "completion_not_remembered"})
+    async def _write_memories(self, keys: list[str]) -> None:
+        """When Redis is away, they are let go."""
+        ttl_s = self._completion_ttl_s
+        written = (self._writes.ask("SET", key, msgspec.json.encode(self._memories[key]), "EX", ttl_s) for key in keys)
+        results = await asyncio.gather(*written, return_exceptions=True)
+        for key in keys:
+            del self._memories[key]
+        if failures := [result for result in results if isinstance(result, BaseException)]:
+            log.warning(
+                "no thumb for %d answers: %s", len(failures), failures[0], extra={"action": "completion_not_remembered"}
+            )
 
     def in_background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Run what no client waits for; it deals with its own errors."""

@@ -18,6 +18,7 @@ import msgspec
 from redis.asyncio import Redis
 
 from router.errors import InvalidToken
+from router.gathered import Gathered
 from telemetry.events import PairShown
 
 PAIR_KEY: Final = "tiebreak:pair:"
@@ -86,15 +87,15 @@ def _signature(key: bytes, payload: bytes) -> str:
 class PairMemory:
     """Pairs as shown, in Redis, until they expire; the last ones also here, so that a quick click reads nothing."""
 
-    def __init__(self, redis: Redis, ttl_s: float, *, recent: int = RECENT_PAIRS) -> None:
-        self._redis = redis
+    def __init__(self, redis: Redis, writes: Gathered, ttl_s: float, *, recent: int = RECENT_PAIRS) -> None:
+        self._redis, self._writes = redis, writes
         self._ttl_s = int(ttl_s) + _LATE_S
         self._most_recent = recent
         self._recent: OrderedDict[str, RememberedPair] = OrderedDict()
 
     async def remember(self, pair: RememberedPair) -> None:
         """Keep ``pair``; from here on its verdict can be given."""
-        await self._redis.set(PAIR_KEY + pair.shown.pair_id, msgspec.json.encode(pair), ex=self._ttl_s)
+        await self._writes.ask("SET", PAIR_KEY + pair.shown.pair_id, msgspec.json.encode(pair), "EX", self._ttl_s)
         self._recent[pair.shown.pair_id] = pair
         if len(self._recent) > self._most_recent:
             self._recent.popitem(last=False)

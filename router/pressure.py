@@ -2,11 +2,13 @@
 
 The signal is the time to the first token, never the time of a whole answer, which depends on how much is said. Samples
 are judged in windows: a window's median above ``TOLERANCE`` times the calm median, and more than ``patience_s`` above
-it, means that requests wait somewhere, and what was in flight, divided by that ratio, is the new limit; otherwise the
-limit grows by half its square root. Calm is measured, not assumed: when ``PROBE_S`` of cuts have not helped, the limit
-is halved for one window (as BBR probes a path's round-trip time), and the median without a queue is the new calm:
-prompts became longer, or the model slower. A window counts only what was asked since it began, so that no limit is
-judged by what came before it. After the gradient limits of Netflix's concurrency-limits.
+it, means that requests wait somewhere, and what was in flight, divided by that ratio, is the new limit. Otherwise a
+limit that was at least half used grows by half its square root, and one that was not is forgotten, a tenth a window,
+down to ``ROOM`` times the floor: what was never tried says nothing of how much a flood may bring. Calm is measured, not
+assumed: when ``PROBE_S`` of cuts have not helped, the limit is halved for one window (as BBR probes a path's round-trip
+time), and the median without a queue is the new calm: prompts became longer, or the model slower. A window counts only
+what was asked since it began, so that no limit is judged by what came before it. After the gradient limits of Netflix's
+concurrency-limits.
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ WINDOW_S: Final = 0.5
 WINDOW_SAMPLES: Final = 16
 PROBE_S: Final = 10.0
 MOST_CUT: Final = 0.3  # of the limit that one window leaves
+ROOM: Final = 4.0  # times the floor that a calm base has for a burst
+FORGET: Final = 0.9  # of an unused limit that one calm window leaves
 
 
 def refuse() -> NoReturn:
@@ -88,13 +92,20 @@ class ConcurrencyLimit:
         self._calm_s = min(self._calm_s, median_s)
         excess = median_s / max(TOLERANCE * self._calm_s, self._calm_s + self._patience_s)
         if excess <= 1.0:
-            self.limit = min(self._most, self.limit + math.sqrt(self.limit) / 2)
+            self._grow_or_forget()
         elif self._peak > self._least:
             self.limit = max(self._least, min(self._peak, self.limit) * max(MOST_CUT, 1.0 / excess))
         if excess <= 1.0:
             self._pressed_at_s = now_s
         elif now_s - self._pressed_at_s > PROBE_S:
             self._kept, self.limit = self.limit, max(self._least, self.limit / 2)
+
+    def _grow_or_forget(self) -> None:
+        if 2 * self._peak >= self.limit:
+            self.limit = min(self._most, self.limit + math.sqrt(self.limit) / 2)
+        else:
+            room = max(ROOM * self._least, 2.0 * self._peak)
+            self.limit = min(self.limit, max(FORGET * self.limit, room))
 
     def _end_probe(self, median_s: float, now_s: float) -> None:
         self._calm_s, self.limit, self._kept, self._pressed_at_s = median_s, self._kept, 0.0, now_s

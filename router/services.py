@@ -20,6 +20,7 @@ from router.chat import Chat, ChatSettings
 from router.claims import Claims
 from router.config import RouterConfig, worker_name
 from router.consent import ConsentBook
+from router.gathered import Gathered
 from router.ledger import Ledger
 from router.pairs import PairMemory
 from router.places import Places
@@ -81,7 +82,7 @@ async def open_services(
         stop.set()
         await polling
         await services.ledger.settled()
-        await pool.close()
+        pool.close()
         await asyncio.to_thread(outbox.close)
         await redis.aclose()
 
@@ -124,9 +125,10 @@ def _wire(
     *,
     embedded_log: bool,
 ) -> Services:
-    pairs = PairMemory(redis, config.pair_ttl_s)
-    ledger = Ledger(outbox, redis, pairs, completion_ttl_s=config.completion_ttl_s)
-    book = ConsentBook(redis, pairs_per_minute=config.pairs_per_minute)
+    reads, writes = Gathered(redis), Gathered(redis)
+    pairs = PairMemory(redis, writes, config.pair_ttl_s)
+    ledger = Ledger(outbox, redis, writes, pairs, completion_ttl_s=config.completion_ttl_s)
+    book = ConsentBook(redis, reads, pairs_per_minute=config.pairs_per_minute)
     claims = Claims(redis, ledger, ttl_s=config.verdict_ttl_s, lease_s=config.claim_lease_s, embedded_log=embedded_log)
     receipts = ReceiptBook(redis, ledger, claims)
     settings = ChatSettings(

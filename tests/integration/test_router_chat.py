@@ -370,7 +370,7 @@ async def test_a_base_that_is_full_refuses_at_once_until_a_stream_is_over(stack:
         assert refused.value.code == "overloaded"
     async with aclosing(ask()) as third:
         assert (await anext(third))[0].version == STABLE
-    await pool.close()
+    pool.close()
 
 
 async def test_a_full_base_refuses_before_any_work(

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from router.claims import Claim, Claims
+from router.gathered import Gathered
 from router.ledger import Ledger
 from router.pairs import Ticket, preference_id, pseudonym, sign_ticket
 from router.preferences import to_preference
@@ -368,7 +369,7 @@ async def test_a_claim_is_its_own_append_where_the_log_is_the_same_redis(
     pair = (await stack.pair())["preference"]["pair_id"]
     shown = next(event for event in await stack.events(PairShown, expected=1) if event.pair_id == pair)
     event = to_preference(shown, VerdictRequest(pair_id=pair, token="", choice="a"), at=utc_now())
-    ledger = Ledger(None, stack.redis, None, completion_ttl_s=1)  # type: ignore[arg-type]
+    ledger = Ledger(None, stack.redis, Gathered(stack.redis), None, completion_ttl_s=1)  # type: ignore[arg-type]
     claims = Claims(stack.redis, ledger, ttl_s=60, lease_s=5, embedded_log=embedded_log)
     made = await claims.make(Claim("a", "", event))
     assert (made.durable_before, made.is_ours, made.durable) == ("", True, durable)

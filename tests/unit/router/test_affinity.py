@@ -28,7 +28,7 @@ def request(messages: tuple[Message, ...], version: str = FIRST) -> GenerateRequ
 async def pool() -> AsyncIterator[ReplicaPool]:
     made = ReplicaPool(Tables(Redis()), ready_wait_s=1.0, min_in_flight=8, max_in_flight=8, patience_s=0.5)
     yield made
-    await made.close()
+    made.close()
 
 
 def test_the_reader_of_the_longest_prefix_comes_first() -> None:

@@ -16,7 +16,7 @@ from router.tables import Tables
 async def pool() -> AsyncIterator[ReplicaPool]:
     made = ReplicaPool(Tables(Redis()), ready_wait_s=1.0, min_in_flight=1, max_in_flight=1, patience_s=0.5)
     yield made
-    await made.close()
+    made.close()
 
 
 def test_a_tenth_of_the_requests_may_be_asked_again_beyond_the_reserve() -> None:

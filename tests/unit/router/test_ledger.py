@@ -12,7 +12,8 @@ from redis.exceptions import ConnectionError as RedisAway
 
 from router.arms import Arm
 from router.exchange import Answer, Exchange
-from router.ledger import Ledger, found_soon
+from router.gathered import Gathered
+from router.ledger import GATHER_S, Ledger, found_soon
 from router.schema import ChatRequest
 from serving.wire import Chunk, Sampling, TokenLogprob
 
@@ -39,14 +40,15 @@ class Pipeline:
         self._redis = redis
         self._keys: list[str] = []
 
-    def set(self, key: str, _: bytes, *, ex: int) -> None:
+    def execute_command(self, _: str, key: str, *value: Any) -> None:
         self._keys.append(key)
 
-    async def execute(self) -> None:
+    async def execute(self, *, raise_on_error: bool) -> list[bytes]:
         await self._redis.let_go.wait()
         if self._redis.is_away:
             raise RedisAway("away")
         self._redis.batches.append(self._keys)
+        return [b"OK"] * len(self._keys)
 
 
 class Log:
@@ -76,16 +78,17 @@ def answered(ledger: Ledger, name: str, *others: Answer) -> None:
 
 async def test_an_answer_can_be_rated_before_it_is_written_and_those_that_gather_go_together() -> None:
     redis = Redis()
-    ledger = Ledger(Log(), redis, None, completion_ttl_s=60)  # type: ignore[arg-type]
+    ledger = Ledger(Log(), redis, Gathered(redis), None, completion_ttl_s=60)  # type: ignore[arg-type]
     answered(ledger, "one")
-    await asyncio.sleep(0)  # its write begins, and waits
     answered(ledger, "two")
-    answered(ledger, "three")
-    found = await ledger.recall_completion("three")
-    assert found is not None and found.completion.completion_id == "three"
+    assert redis.batches == [], "they gather"
+    found = await ledger.recall_completion("two")
+    assert found is not None and found.completion.completion_id == "two"
     redis.let_go.set()
+    await asyncio.sleep(2 * GATHER_S)
+    answered(ledger, "three")
     await ledger.settled()
-    assert [[key.rpartition(":")[2] for key in batch] for batch in redis.batches] == [["one"], ["two", "three"]]
+    assert [[key.rpartition(":")[2] for key in batch] for batch in redis.batches] == [["one", "two"], ["three"]]
     assert await ledger.recall_completion("three") is None, "from now on Redis knows it"
 
 
@@ -95,7 +98,7 @@ async def test_what_cannot_be_written_is_let_go_and_the_next_answer_is_tried_aga
     redis = Redis()
     redis.is_away = True
     redis.let_go.set()
-    ledger = Ledger(Log(), redis, None, completion_ttl_s=60)  # type: ignore[arg-type]
+    ledger = Ledger(Log(), redis, Gathered(redis), None, completion_ttl_s=60)  # type: ignore[arg-type]
     answered(ledger, "one")
     await ledger.settled()
     assert "no thumb for 1 answers" in caplog.text
@@ -119,7 +122,7 @@ async def test_tokens_cost_what_their_variant_says_and_a_prompt_read_once_counts
         answers.append(answer)
     redis = Redis()
     redis.let_go.set()
-    ledger = Ledger(Log(), redis, None, completion_ttl_s=60)  # type: ignore[arg-type]
+    ledger = Ledger(Log(), redis, Gathered(redis), None, completion_ttl_s=60)  # type: ignore[arg-type]
     answered(ledger, "one", *answers)
     await ledger.settled()
     spent = {name: REGISTRY.get_sample_value("tiebreak_cost_total", {"variant": name, "version": version})

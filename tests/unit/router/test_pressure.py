@@ -11,7 +11,7 @@ from typing import NamedTuple
 import pytest
 
 from router.errors import Unavailable
-from router.pressure import ConcurrencyLimit
+from router.pressure import FORGET, ROOM, ConcurrencyLimit
 
 PLACES = 16
 LEAST, MOST = 4.0, 256.0
@@ -124,7 +124,7 @@ def test_what_was_asked_before_the_window_began_is_not_held_against_the_present_
     answer(0.05)
     now_s = 2.0
     answer(5.0)
-    assert limit.limit == MOST
+    assert limit.limit == FORGET * MOST, "a quarter of it was used in the first window; the second began after those"
     now_s = 10.0
     answer(5.0)
     assert limit.limit < 64
@@ -143,7 +143,15 @@ def test_slow_answers_to_few_are_no_queue_that_a_limit_could_shorten() -> None:
     simulation.run(rate=60, seconds=30)
     simulation.service_s = 0.1
     simulation.run(rate=20, seconds=60)
-    assert simulation.limit.limit > 4 * PLACES
+    assert simulation.limit.limit == ROOM * LEAST, "what nobody uses is forgotten, and not cut"
+
+
+def test_a_flood_after_a_calm_time_meets_a_limit_near_what_was_needed() -> None:
+    """Without it the first window lets in as many as the limit ever was."""
+    simulation = Simulation(0.1)
+    simulation.run(rate=80, seconds=60)
+    first = simulation.run(rate=640, seconds=2)
+    assert max(first.waits_s) < 1.0, "256 in line for 16 places wait 1.6 s"
 
 
 def test_longer_prompts_are_no_queue() -> None:

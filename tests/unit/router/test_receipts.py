@@ -11,6 +11,7 @@ from redis.exceptions import ConnectionError as RedisAway
 from router.admission import OPEN_CALLER
 from router.claims import Claims
 from router.errors import NotFound
+from router.gathered import Gathered
 from router.ledger import Ledger
 from router.receipts import ReceiptBook
 from telemetry.events import Completion, PreferenceRecorded, utc_now
@@ -60,7 +61,7 @@ class Redis:
 
 
 def book_on(redis: Any) -> tuple[ReceiptBook, Claims]:
-    ledger = Ledger(None, redis, None, completion_ttl_s=1)  # type: ignore[arg-type]
+    ledger = Ledger(None, redis, Gathered(redis), None, completion_ttl_s=1)  # type: ignore[arg-type]
     claims = Claims(redis, ledger, ttl_s=1, lease_s=1, embedded_log=False)
     return ReceiptBook(redis, ledger, claims), claims
 
