@@ -62,6 +62,7 @@ def plan_calls(exchange: Exchange, arms: Arms, draw: random.Random, deadline_s: 
                 deadline_s=deadline_s,
                 traceparent=traceparent,
                 tool_use=body.tool_use,
+                is_gathered=not body.is_stream,
             ),
             tuple(answers),
         )

@@ -27,7 +27,7 @@ WINDOW_S: Final = 0.5
 WINDOW_SAMPLES: Final = 16
 PROBE_S: Final = 10.0
 MOST_CUT: Final = 0.3  # of the limit that one window leaves
-ROOM: Final = 4.0  # times the floor that a calm base has for a burst
+ROOM: Final = 2.0  # times the floor that a calm base has for a burst
 FORGET: Final = 0.9  # of an unused limit that one calm window leaves
 
 

@@ -54,6 +54,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, o
     deadline_s: float = 120.0  # seconds from receipt; past it the request is cancelled
     traceparent: str = ""
     tool_use: ToolUse | None = None  # None: what looks like a call is text
+    is_gathered: bool = False  # nobody reads along: after each completion's first, chunks may leave together
 
 
 class TopLogprob(msgspec.Struct, frozen=True):

@@ -85,6 +85,21 @@ async def test_an_answer_streams_as_lines_of_chunks(client: Client) -> None:
     assert [chunk.finish_reason is not None for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
 
 
+async def test_what_nobody_reads_along_leaves_in_few_pieces_and_says_the_same(client: Client) -> None:
+    wanted = msgspec.structs.replace(request(await base_of(client), "one two three four", max_tokens=24), n=2)
+    await client.generate(wanted)  # from now on its prompt is known
+    pieces: dict[bool, list[bytes]] = {}
+    for is_gathered in (False, True):
+        body = msgspec.json.encode(msgspec.structs.replace(wanted, is_gathered=is_gathered))
+        async with client.session.post("/v1/generate", data=body) as response:
+            pieces[is_gathered] = [piece async for piece, _ in response.content.iter_chunks() if piece]
+    assert len(pieces[True]) <= 3 < len(pieces[False]), "the first of each side, and the rest"
+    said = [[msgspec.json.decode(line, type=Chunk) for line in b"".join(p).split(b"\n")[:-1]] for p in pieces.values()]
+    for side in (0, 1):
+        own, gathered = ([chunk for chunk in chunks if chunk.index == side] for chunks in said)
+        assert gathered == own
+
+
 async def test_a_published_version_is_loaded_answers_and_is_unloaded(
     client: Client, tiny_model: Path, tmp_path: Path
 ) -> None:

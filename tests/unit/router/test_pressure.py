@@ -143,7 +143,7 @@ def test_slow_answers_to_few_are_no_queue_that_a_limit_could_shorten() -> None:
     simulation.run(rate=60, seconds=30)
     simulation.service_s = 0.1
     simulation.run(rate=20, seconds=60)
-    assert simulation.limit.limit == ROOM * LEAST, "what nobody uses is forgotten, and not cut"
+    assert ROOM * LEAST <= simulation.limit.limit <= PLACES, "what nobody uses is forgotten, and not cut"
 
 
 def test_a_flood_after_a_calm_time_meets_a_limit_near_what_was_needed() -> None:
