@@ -23,6 +23,8 @@ Your users break the tie; your model learns from it within seconds.
   tiebreak simulate --persona NAME     simulated users click, then compare the result with the base
   tiebreak releases list               what is stable, what is on trial, what happened and why
   tiebreak export --out pairs.jsonl    every verdict as a row that TRL trains on
+  tiebreak lineage VERSION|VERDICT     what a version learned from; where a verdict went
+  tiebreak dlq list                    log entries that could not be read, and whether they can be now
   tiebreak doctor                      is this machine fit, and if not, the mend
 """
 EPILOG = """\
@@ -78,6 +80,10 @@ def parser() -> argparse.ArgumentParser:
     _add_releases(command("releases", _releases, "list releases, or order a promotion or a rollback", ()), shared)
     export = command("export", _export, "write the verdicts as TRL's conversational preference rows (JSON lines)")
     export.add_argument("--out", required=True, metavar="FILE", help="the file to write, - for standard output")
+    lineage = command("lineage", _lineage, "show a version's forebears and verdicts, or what became of one verdict")
+    lineage.add_argument("name", help="a version (v000012-1a2b3c4d), or a preference's id")
+    lineage.add_argument("--json", action="store_true", help="one JSON document instead of a table")
+    _add_dlq(command("dlq", _dlq, "list, show or replay entries of the event log that could not be read", ()), shared)
     doctor = command(
         "doctor", _doctor, "check this machine, with a mend for every failure; exit 1 if a stack cannot start"
     )
@@ -113,6 +119,21 @@ def _add_releases(releases: argparse.ArgumentParser, shared: argparse.ArgumentPa
         action.add_argument("version", help="e.g. v000012-1a2b3c4d")
         action.add_argument("--force", action="store_true", help="go past the guards; they keep watching afterwards")
         action.add_argument("--reason", default="", help="kept in the history")
+
+
+def _add_dlq(dlq: argparse.ArgumentParser, shared: argparse.ArgumentParser) -> None:
+    actions = dlq.add_subparsers(title="actions", metavar="ACTION", required=True, dest="action")
+    for name, text in (
+        ("list", "show every dead letter: where it lay, why it could not be read, what can be done"),
+        ("show", "write one dead letter's entry as it is to standard output"),
+        ("replay", "put dead letters that this build can read back into the log; each counts once"),
+    ):
+        action = actions.add_parser(name, parents=[shared], help=text, description=_sentence(text))
+        if name != "list":
+            every = "; none: all that can be read" if name == "replay" else ""
+            action.add_argument(
+                "ids", nargs="*" if every else 1, metavar="ID", help=f"as `list` shows it, or its beginning{every}"
+            )
 
 
 def _up(options: argparse.Namespace) -> int:
@@ -189,6 +210,41 @@ def _export(options: argparse.Namespace) -> int:
     count = export(config.load(options.config, state=options.state).telemetry.store_root, options.out)
     print(f"{count} preferences", file=sys.stderr)
     return 0
+
+
+def _lineage(options: argparse.Namespace) -> int:
+    from deploy import lineage
+    from deploy.view import console
+    from telemetry.lineage import NotRecorded
+
+    store = config.load(options.config, state=options.state).telemetry.store_root
+    try:
+        if options.json:
+            print(msgspec.json.format(msgspec.json.encode(lineage.document(store, options.name))).decode())
+        else:
+            lineage.show(store, options.name, console())
+    except NotRecorded as error:
+        print(f"tiebreak: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _dlq(options: argparse.Namespace) -> int:
+    from deploy import dlq
+    from deploy.view import console
+    from telemetry.dead_letters import LetterUnknown
+    from telemetry.event_log import LogUnavailable
+
+    telemetry = config.load(options.config, state=options.state).telemetry
+    try:
+        if options.action == "list":
+            return dlq.show_all(telemetry, console())
+        if options.action == "show":
+            return dlq.show_one(telemetry, options.ids[0])
+        return dlq.replay_some(telemetry, options.ids)
+    except (LetterUnknown, LogUnavailable) as error:
+        print(f"tiebreak: {error}", file=sys.stderr)
+        return 1
 
 
 def _doctor(options: argparse.Namespace) -> int:

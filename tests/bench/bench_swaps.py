@@ -1,8 +1,10 @@
 """A hundred swaps under streaming load, and five thousand clients that leave in the middle: ``make bench-swaps``.
 
 A swap goes as the release controller does it: loaded beside, told ready by every replica, routed, and the one before
-the previous is drained and unloaded. First with the echo engine, which leaves all the work to what is around it, then
-with the real model. Serving has one core; the router, a Redis that syncs every write, and the clients the other.
+the previous is drained and unloaded. Every question is a new one: were it always the same, its prompt would be read
+once in the quiet time and anew after every swap, and the gap would be that between a cached prompt and one that is
+read. First with the echo engine, which leaves all the work to what is around it, then with the real model. Serving has
+one core; the router, a Redis that syncs every write, and the clients the other.
 """
 
 from __future__ import annotations
@@ -57,6 +59,7 @@ class Traffic:
 
     fleet: Fleet
     engine: Engine
+    asked: int = 0
     served: int = 0
     failures: Counter[str] = field(default_factory=Counter)
     versions: Counter[str] = field(default_factory=Counter)
@@ -65,10 +68,11 @@ class Traffic:
 
     async def run(self) -> None:
         client = RawClient(self.fleet.url, "/v1/chat/completions")
-        body = {"model": "chat", "messages": [{"role": "user", "content": WORDS}], "max_tokens": self.engine.tokens}
-        payload = json.dumps(body | {"stream": True}).encode()
         while not self.is_over:
-            self._take(await client.post(payload))
+            self.asked += 1
+            question = {"role": "user", "content": f"{self.asked}. {WORDS}"}
+            body = {"model": "chat", "messages": [question], "max_tokens": self.engine.tokens, "stream": True}
+            self._take(await client.post(json.dumps(body).encode()))
         client.close()
 
     def _take(self, answer: Answer) -> None:

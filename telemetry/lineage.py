@@ -1,0 +1,125 @@
+"""Who learned from whom, read from the store: a version's verdicts, and the versions that learned from a verdict.
+
+A version's event names the verdicts learned since its parent, so all that it knows is its own and its forebears'. The
+base is no version of the store: every line ends there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pyarrow.compute as pc  # type: ignore[import-untyped]
+from deltalake import DeltaTable
+
+from telemetry.events import PREFERENCES, VERSIONS, BatchTrained, PreferenceRecorded, ReleaseChanged, VersionPublished
+from telemetry.rows import TABLE_OF
+
+
+class Published(msgspec.Struct, frozen=True):
+    """A version as its event announced it."""
+
+    version: str
+    variant: str
+    parent: str
+    step: int
+    published_at: datetime
+    preference_ids: tuple[str, ...]  # learned since the parent
+    states: tuple[str, ...]  # what the release made of it, oldest first
+
+
+class Learned(msgspec.Struct, frozen=True):
+    """A verdict as the store holds it, and where it went."""
+
+    preference_id: str
+    pair_id: str
+    user: str  # pseudonym
+    outcome: str
+    source: str
+    labeler: str
+    occurred_at: datetime
+    recorded_at: datetime
+    is_retracted: bool
+    dropped: str  # why no step used it; "" where one did or may yet
+    batches: tuple[str, ...]  # steps that it was new in; more than one where weights were thrown away
+    replays: int  # further steps that it was part of
+    versions: tuple[str, ...]  # that know it, oldest first
+
+
+class NotRecorded(LookupError):
+    """The store holds nothing of that name; is its recorder behind (`tiebreak status`)?"""
+
+    def __str__(self) -> str:
+        return f"{self.args[0]}: {self.__doc__}"
+
+
+class Lineages:
+    """The store's versions, read once; verdicts are looked up in it."""
+
+    def __init__(self, store_root: str | Path) -> None:
+        """Raises NotRecorded where there is no store yet."""
+        self._root = str(store_root)
+        rows = list(self._rows(VERSIONS, None))
+        if not rows:
+            raise NotRecorded(f"versions in {store_root}")
+        self._batches = [row for row in rows if row["type"] == BatchTrained.__name__]
+        states: dict[str, list[str]] = {}
+        for row in sorted(rows, key=lambda row: (row["occurred_at"], row["offset"])):
+            if row["type"] == ReleaseChanged.__name__:
+                states.setdefault(row["version"], []).append(row["state"])
+        self._published = {
+            row["version"]: Published(
+                row["version"], row["variant"], row["parent"], row["step"], row["occurred_at"],
+                tuple(row["preference_ids"]), tuple(states.get(row["version"], ())),
+            )
+            for row in sorted(rows, key=lambda row: row["occurred_at"]) if row["type"] == VersionPublished.__name__
+        }  # fmt: skip
+
+    def ancestry(self, version: str) -> list[Published]:
+        """``version`` and its forebears, newest first, without the base. Raises NotRecorded."""
+        if version not in self._published:
+            raise NotRecorded(version)
+        found, at = [], self._published.get(version)
+        while at is not None:
+            found.append(at)
+            at = self._published.get(at.parent)
+        return found
+
+    def verdict(self, preference_id: str) -> Learned:
+        """What became of one verdict. Raises NotRecorded."""
+        rows = list(self._rows(PREFERENCES, pc.field("preference_id") == preference_id))
+        verdict = next((row for row in rows if row["type"] == PreferenceRecorded.__name__), None)
+        if verdict is None:
+            raise NotRecorded(preference_id)
+        new_in = [row["batch_id"] for row in self._batches if preference_id in row["preference_ids"]]
+        names = ("preference_id", "pair_id", "user", "outcome", "source", "labeler", "occurred_at", "recorded_at")
+        return Learned(
+            **{name: verdict[name] for name in names},
+            is_retracted=len(rows) > 1,
+            dropped=self._dropped(preference_id),
+            batches=tuple(sorted(set(new_in))),
+            replays=sum(preference_id in row["replayed_ids"] for row in self._batches),
+            versions=tuple(name for name in self._published if self._knows(name, preference_id)),
+        )
+
+    def _knows(self, version: str, preference_id: str) -> bool:
+        return any(preference_id in each.preference_ids for each in self.ancestry(version))
+
+    def _dropped(self, preference_id: str) -> str:
+        for row in self._batches:
+            for name, reason in msgspec.json.decode(row["event"], type=_Dropped).dropped:
+                if name == preference_id:
+                    return reason
+        return ""
+
+    def _rows(self, topic: str, wanted: Any) -> Iterator[dict[str, Any]]:
+        uri = f"{self._root}/{TABLE_OF[topic]}"
+        if DeltaTable.is_deltatable(uri):
+            yield from DeltaTable(uri).to_pyarrow_dataset().to_table(filter=wanted).to_pylist()
+
+
+class _Dropped(msgspec.Struct):
+    dropped: tuple[tuple[str, str], ...] = ()

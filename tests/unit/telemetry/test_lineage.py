@@ -1,0 +1,90 @@
+"""Lineage as the store tells it, both ways, on a real store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from deploy.lineage import document
+from telemetry.event_log import Entry, Position
+from telemetry.events import TOPIC_OF, AnyEvent, encode, key_of
+from telemetry.lineage import Lineages, NotRecorded
+from telemetry.store import Recorded, Store
+from tests import examples
+
+ONE, TWO, THREE = "v000001-aaaaaaaa", "v000002-bbbbbbbb", "v000003-cccccccc"
+
+
+def record(root: Path, *events: AnyEvent) -> None:
+    """Put ``events`` into the store as the recorder does, each at the next offset of its topic."""
+    offsets: dict[str, int] = {}
+    recorded = []
+    for event in events:
+        topic = TOPIC_OF[type(event)]
+        position = Position(topic, 0, offsets.get(topic, 0))
+        offsets[topic] = position.offset + 1
+        recorded.append(Recorded(Entry(position, key_of(event), encode(event)), event))
+    Store(root).append(recorded, {topic: {0: offset} for topic, offset in offsets.items()})
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    first, second, third, tie = (examples.preference(n) for n in range(4))
+    ids = {name: verdict.event_id for name, verdict in zip("abct", (first, second, third, tie), strict=True)}
+    record(
+        tmp_path,
+        first, second, third, msgspec.structs.replace(tie, outcome="tie"),
+        examples.batch(1, [ids["a"]], [(ids["t"], "no_preference")]),
+        examples.published(ONE, [ids["a"]]),
+        examples.release(ONE, "canary"),
+        examples.batch(2, [ids["b"]]),
+        msgspec.structs.replace(examples.batch(3, [ids["c"]]), replayed_ids=(ids["a"],)),
+        examples.published(TWO, [ids["b"], ids["c"]], parent=ONE),
+        examples.published(THREE, [], parent=examples.BASE),  # another line: it knows none of them
+        examples.release(ONE, "stable"),
+        examples.retraction(second),
+    )  # fmt: skip
+    (tmp_path / "ids.json").write_bytes(msgspec.json.encode(ids))
+    return tmp_path
+
+
+def ids_in(root: Path) -> dict[str, str]:
+    found: dict[str, str] = msgspec.json.decode((root / "ids.json").read_bytes())
+    return found
+
+
+def test_a_version_knows_its_own_verdicts_and_its_forebears(root: Path) -> None:
+    ids = ids_in(root)
+    assert document(str(root), TWO)["preference_ids"] == [ids["a"], ids["b"], ids["c"]]
+    line = Lineages(root).ancestry(TWO)
+    assert [(each.version, each.parent, each.states) for each in line] == [
+        (TWO, ONE, ()),
+        (ONE, examples.BASE, ("canary", "stable")),
+    ]
+    assert document(str(root), THREE)["preference_ids"] == []
+
+
+def test_a_verdict_names_its_steps_and_every_version_that_knows_it(root: Path) -> None:
+    ids, lineages = ids_in(root), Lineages(root)
+    first = lineages.verdict(ids["a"])
+    assert (first.batches, first.replays, first.versions) == (("chat-main/000001",), 1, (ONE, TWO))
+    third = lineages.verdict(ids["c"])
+    assert (third.batches, third.versions, third.is_retracted) == (("chat-main/000003",), (TWO,), False)
+    assert lineages.verdict(ids["b"]).is_retracted
+
+
+def test_a_verdict_that_no_step_used_says_why(root: Path) -> None:
+    tie = Lineages(root).verdict(ids_in(root)["t"])
+    assert (tie.dropped, tie.batches, tie.versions) == ("no_preference", (), ())
+
+
+def test_what_the_store_does_not_hold_is_said(root: Path, tmp_path: Path) -> None:
+    lineages = Lineages(root)
+    with pytest.raises(NotRecorded, match="v000009-00000000: The store holds nothing"):
+        lineages.ancestry("v000009-00000000")
+    with pytest.raises(NotRecorded):
+        lineages.verdict("no-such-verdict")
+    with pytest.raises(NotRecorded):
+        Lineages(tmp_path / "nowhere")
