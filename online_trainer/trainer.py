@@ -39,6 +39,7 @@ from telemetry.events import (
     PreferenceRetracted,
     ReleaseChanged,
     decode,
+    decode_from,
     encode,
     key_of,
     utc_now,
@@ -130,7 +131,7 @@ class Trainer:
     def _take(self, entry: Entry) -> None:
         dropped = len(self._intake.dropped)
         try:
-            event = decode(entry.payload)
+            event = decode_from(entry.position.topic, entry.payload)
         except InvalidEvent:  # the recorder keeps it in the dead-letter topic
             log.warning("entry skipped", extra={"action": "invalid_entry", "position": str(entry.position)})
         else:

@@ -100,13 +100,17 @@ class Admission:
 
     def enter(self, caller: Caller) -> None:
         """Take a place, to be given back with ``leave``. Raises Unavailable or TooManyRequests."""
+        self.check(caller)
+        self._count(caller, 1)
+
+    def check(self, caller: Caller) -> None:
+        """Raise what ``enter`` would raise."""
         if self._places.total(_ALL) >= self._limit:
             REJECTED.labels("overloaded").inc()
             raise Unavailable("The gateway is full: try again shortly.", code="overloaded", retry_after_s=1.0)
         if self._keys and self._places.total(_of(caller)) >= self._limit_per_key:
             REJECTED.labels("concurrency").inc()
             raise TooManyRequests(retry_after_s=1.0)
-        self._count(caller, 1)
 
     def leave(self, caller: Caller) -> None:
         """Give the place back."""

@@ -29,7 +29,7 @@ from router.errors import (
 )
 from router.pressure import ConcurrencyLimit, refuse
 from router.tables import Tables
-from serving.wire import Chunk, GenerateRequest
+from serving.wire import GATHER_HEADER, Chunk, GenerateRequest
 from telemetry.metrics import CONCURRENCY_LIMIT, RESPONSE_ERRORS
 from telemetry.routing import Replica
 
@@ -108,7 +108,9 @@ class ReplicaPool:
         if self.is_full(bases):
             refuse()
 
-    async def generate(self, base: str, request: GenerateRequest) -> AsyncGenerator[list[Chunk]]:
+    async def generate(
+        self, base: str, request: GenerateRequest, *, is_read_along: bool = True
+    ) -> AsyncGenerator[list[Chunk]]:
         """Chunks as they arrive, several at a time; the first is retried once elsewhere, later ones never.
 
         A replica that cannot have begun (no connection, no such version) is passed over for nothing; a retry after a
@@ -123,7 +125,7 @@ class ReplicaPool:
             has_begun, asked_s = False, time.perf_counter()
             self._in_flight[replica.replica_id] += 1
             try:
-                async with aclosing(self._stream(replica, request)) as stream:
+                async with aclosing(self._stream(replica, request, is_read_along)) as stream:
                     async for chunks in stream:
                         if not has_begun:
                             limit.first_token(time.perf_counter() - asked_s)
@@ -209,14 +211,16 @@ class ReplicaPool:
         two = candidates if len(candidates) <= 2 else random.sample(candidates, 2)
         return min(two, key=lambda r: (self._in_flight[r.replica_id], r.in_flight, random.random()))
 
-    async def _stream(self, replica: Replica, request: GenerateRequest) -> AsyncGenerator[list[Chunk]]:
+    async def _stream(
+        self, replica: Replica, request: GenerateRequest, is_read_along: bool
+    ) -> AsyncGenerator[list[Chunk]]:
         """Whole NDJSON lines of each network read, decoded. Leaving early cuts the connection, which cancels."""
         try:
             connection = await self._client.connect(replica.url)
         except Unreachable as error:
             raise _TryAnother(_unreachable(), is_stale=True) from error
         try:
-            connection.ask(_headers(request), _encoder.encode(request), request.deadline_s)
+            connection.ask(_headers(request, is_read_along), _encoder.encode(request), request.deadline_s)
             if (status := await connection.status()) != 200:
                 raise _refused(status, await _rest(connection))
             rest = b""
@@ -225,6 +229,8 @@ class ReplicaPool:
                 if chunks := [_decoder.decode(line) for line in lines if line]:
                     _check_version(chunks, request.version)
                     yield chunks
+            if rest:
+                yield [_decoder.decode(rest)]
         except TimeoutError as error:
             raise DeadlineExceeded() from error
         except ConnectionBroken as error:
@@ -235,10 +241,11 @@ class ReplicaPool:
             connection.let_go()
 
 
-def _headers(request: GenerateRequest) -> bytes:
-    """Whole lines. Both values are made by this router."""
+def _headers(request: GenerateRequest, is_read_along: bool) -> bytes:
+    """Whole lines. All values are made by this router."""
     trace = f"traceparent: {request.traceparent}\r\n" if request.traceparent else ""
-    return f"X-Request-ID: {request.request_id}\r\n{trace}".encode()
+    gather = "" if is_read_along else f"{GATHER_HEADER}: 1\r\n"
+    return f"X-Request-ID: {request.request_id}\r\n{trace}{gather}".encode()
 
 
 async def _rest(connection: Connection) -> bytes:

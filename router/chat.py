@@ -77,7 +77,7 @@ class Chat:
 
     async def __call__(self, request: Request, caller: Caller) -> Response:
         """Answer one chat request; raises RouterError before anything was sent."""
-        self._refuse_unread()
+        self._refuse_unread(caller)
         body = await self._read(request)
         policy = parse_model(body.model)[0]
         label = policy if policy in self._tables.routing.policies else "unknown"
@@ -90,11 +90,12 @@ class Chat:
             visit.end(error.status if isinstance(error, RouterError) else 500, error)
             raise
 
-    def _refuse_unread(self) -> None:
-        """Where every base is full it does not matter what is asked: a refusal then costs a fifth of an answer."""
+    def _refuse_unread(self, caller: Caller) -> None:
+        """Where every base is full it does not matter what is asked. It is counted, and has no span."""
         policies = self._tables.routing.policies
         if self._pool.is_full({route.base for routes in policies.values() for route in routes}):
-            metrics.REQUESTS.labels(next(iter(policies)) if len(policies) == 1 else "unknown", "503").inc()
+            self._admission.check(caller)
+            metrics.REQUESTS.labels(next(iter(policies)) if len(policies) == 1 else "unread", "503").inc()
             refuse()
 
     async def _read(self, request: Request) -> ChatRequest:

@@ -28,8 +28,8 @@ log = logging.getLogger(__name__)
 class ConsentBook:
     """Consent per user, and how many pairs each was shown in the running minute."""
 
-    def __init__(self, redis: Redis, reads: Gathered, *, pairs_per_minute: int) -> None:
-        self._redis, self._reads = redis, reads
+    def __init__(self, redis: Redis, reads: Gathered, writes: Gathered, *, pairs_per_minute: int) -> None:
+        self._redis, self._reads, self._writes = redis, reads, writes
         self._pairs_per_minute = pairs_per_minute
 
     async def read(self, user: str) -> ConsentState:
@@ -46,7 +46,7 @@ class ConsentBook:
     async def take_turn(self, user: str) -> bool:
         """Count one more pair of this minute; False above the cap."""
         key = f"{CAP_KEY}{user}:{int(time.time() // 60)}"
-        begun, counted = self._reads.ask("SET", key, 0, "EX", 120, "NX"), self._reads.ask("INCR", key)
+        begun, counted = self._writes.ask("SET", key, 0, "EX", 120, "NX"), self._writes.ask("INCR", key)
         _, count = await asyncio.gather(begun, counted)
         return int(count) <= self._pairs_per_minute
 

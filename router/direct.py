@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import defaultdict
 from typing import Final, NamedTuple, cast
 from urllib.parse import urlsplit
 
 import httptools
 
 MOST_BUFFERED_BYTES: Final = 1 << 20
-TRUSTED_IDLE_S: Final = 30.0  # a connection that idled longer may be about to be closed by the replica
+TRUSTED_IDLE_S: Final = 30.0  # one that idled longer is closed: the replica may be about to
 
 
 class Unreachable(Exception):
@@ -36,12 +35,12 @@ class Target(NamedTuple):
 
 
 class Connection(asyncio.Protocol):
-    """One connection to a replica; between ``ask`` and the last of ``read`` it belongs to one request."""
+    """One connection to a replica; between ``ask`` and ``let_go`` it belongs to one request."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, target: Target, idle: list[Connection]) -> None:
+    def __init__(self, client: DirectClient, url: str, target: Target) -> None:
         self.idle_since_s = 0.0
-        self._loop, self._target = loop, target
-        self._idle = idle
+        self._client, self._url, self._target = client, url, target
+        self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
         self._parser: httptools.HttpResponseParser | None = None
         self._is_lost = False
@@ -94,8 +93,7 @@ class Connection(asyncio.Protocol):
             self._deadline.cancel()
         self._parser = None
         if self._may_stay and not self._is_lost and not self._is_paused:
-            self.idle_since_s = time.monotonic()
-            self._idle.append(self)
+            self._client.keep(self._url, self)
         else:
             self.close()
 
@@ -129,14 +127,13 @@ class Connection(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is none by class
 
     def data_received(self, data: bytes) -> None:
-        if self._parser is None:  # nobody asked
-            self.close()
+        if self._parser is None or self._is_whole:  # nobody asked for it
+            self._spoil()
             return
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError:
-            self._is_lost = True
-            self.close()
+            self._spoil()
         if self._buffered > MOST_BUFFERED_BYTES and not self._is_paused and self._transport is not None:
             self._is_paused = True
             self._transport.pause_reading()
@@ -144,61 +141,93 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._is_lost = True
-        if self in self._idle:
-            self._idle.remove(self)
+        self._client.forget(self._url, self)
         self._tell()
+
+    def _spoil(self) -> None:
+        """What comes next cannot be told from what came before: nobody is answered from this connection again."""
+        self._is_lost = True
+        self.close()
+
+    def on_message_begin(self) -> None:
+        if self._is_whole:  # a second answer to one question, in the same piece
+            self._spoil()
 
     def on_headers_complete(self) -> None:
         assert self._parser is not None
-        self._status = self._parser.get_status_code()
+        if not self._is_whole and (status := self._parser.get_status_code()) >= 200:  # below: the answer is to come
+            self._status = status
 
     def on_body(self, data: bytes) -> None:
-        self._pieces.append(data)
-        self._buffered += len(data)
+        if not self._is_whole:
+            self._pieces.append(data)
+            self._buffered += len(data)
 
     def on_message_complete(self) -> None:
         assert self._parser is not None
-        self._is_whole, self._may_stay = True, self._parser.should_keep_alive()
+        if self._status:
+            self._is_whole, self._may_stay = True, self._parser.should_keep_alive()
 
 
 class DirectClient:
-    """Connections for POSTs to ``path`` below any URL; any number at once, idle ones used again."""
+    """Connections for POSTs to ``path`` below any URL; any number at once, idle ones used again, the last one first."""
 
     def __init__(self, path: str, *, connect_s: float) -> None:
         self._path, self._connect_s = path, connect_s
-        self._targets: dict[str, Target] = {}
-        self._idle: defaultdict[str, list[Connection]] = defaultdict(list)
+        self._idle: dict[str, list[Connection]] = {}  # by URL, longest idle first
+        self._is_closed = False
 
     async def connect(self, url: str) -> Connection:
         """A connection to the server of ``url``, to be let go. Raises Unreachable."""
-        idle = self._idle[url]
-        while idle:
+        self._close_old(url)
+        while idle := self._idle.get(url):
             connection = idle.pop()
-            if connection.is_free and time.monotonic() - connection.idle_since_s < TRUSTED_IDLE_S:
+            if connection.is_free:
                 return connection
-            connection.close()
-        loop, target = asyncio.get_running_loop(), self._target(url)
+        target = self._target(url)
+        loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(self._connect_s):
-                _, made = await loop.create_connection(lambda: Connection(loop, target, idle), target.host, target.port)
+                _, made = await loop.create_connection(lambda: Connection(self, url, target), target.host, target.port)
         except (OSError, TimeoutError) as error:
             raise Unreachable(url) from error
         return made
 
+    def keep(self, url: str, connection: Connection) -> None:
+        """A connection is free again."""
+        if self._is_closed:
+            connection.close()
+            return
+        connection.idle_since_s = time.monotonic()
+        self._idle.setdefault(url, []).append(connection)
+        self._close_old(url)
+
+    def forget(self, url: str, connection: Connection) -> None:
+        """A connection is lost."""
+        idle = self._idle.get(url, [])
+        if connection in idle:
+            idle.remove(connection)
+        if not idle:
+            self._idle.pop(url, None)
+
+    def _close_old(self, url: str) -> None:
+        idle, now_s = self._idle.get(url, []), time.monotonic()
+        while idle and now_s - idle[0].idle_since_s > TRUSTED_IDLE_S:
+            idle.pop(0).close()
+
     def _target(self, url: str) -> Target:
-        if url not in self._targets:
-            parts = urlsplit(url)
-            lines = (
-                f"POST {parts.path}{self._path} HTTP/1.1",
-                f"Host: {parts.netloc}",
-                "Content-Type: application/json",
-                "",
-            )
-            self._targets[url] = Target(parts.hostname or "", parts.port or 80, "\r\n".join(lines).encode())
-        return self._targets[url]
+        parts = urlsplit(url)
+        lines = (
+            f"POST {parts.path}{self._path} HTTP/1.1",
+            f"Host: {parts.netloc}",
+            "Content-Type: application/json",
+            "",
+        )
+        return Target(parts.hostname or "", parts.port or 80, "\r\n".join(lines).encode())
 
     def close(self) -> None:
-        """Cut the idle connections; the others end with their requests."""
+        """Cut the idle connections; the others are cut when their requests end."""
+        self._is_closed = True
         for idle in self._idle.values():
             for connection in idle:
                 connection.close()

@@ -1,7 +1,8 @@
 """Redis commands of many requests, sent together: what gathers while one pipeline is under way is the next.
 
 A command alone in redis-py's asyncio client costs a request some tenth of its time, one in a pipeline a fifth of that.
-Nobody waits for company: a command that finds no pipeline under way leaves in the same turn of the event loop.
+Nobody waits for company: a command that finds no pipeline under way leaves in the same turn of the event loop. When a
+pipeline fails, all that wait fail with it, so that a Redis that hangs costs each of them one time-out, not a queue's.
 """
 
 from __future__ import annotations
@@ -10,18 +11,20 @@ import asyncio
 from typing import Any, Final
 
 from redis.asyncio import Redis
+from redis.exceptions import ConnectionError as RedisAway
 from redis.exceptions import RedisError
 
 MOST: Final = 64  # commands in one pipeline
 Argument = str | bytes | int
+Waiting = tuple[tuple[Argument, ...], asyncio.Future[Any]]
 
 
 class Gathered:
-    """Commands in the order in which they were asked. Reads shall not wait for writes to be synced: one each."""
+    """Commands in the order in which they were asked. Who shall not wait behind others' writes has one of its own."""
 
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
-        self._waiting: list[tuple[tuple[Argument, ...], asyncio.Future[Any]]] = []
+        self._waiting: list[Waiting] = []
         self._sender: asyncio.Task[None] | None = None
 
     def ask(self, *command: Argument) -> asyncio.Future[Any]:
@@ -33,20 +36,38 @@ class Gathered:
         return answer
 
     async def _send(self) -> None:
-        while self._waiting:
-            batch, self._waiting = self._waiting[:MOST], self._waiting[MOST:]
-            pipeline = self._redis.pipeline(transaction=False)
-            for command, _ in batch:
-                pipeline.execute_command(*command)
-            try:
-                results = await pipeline.execute(raise_on_error=False)
-            except (RedisError, OSError) as error:
-                results = [error] * len(batch)
-            for (_, answer), result in zip(batch, results, strict=True):
-                if answer.done():  # nobody waits any more
-                    continue
-                if isinstance(result, Exception):
-                    answer.set_exception(result)
-                else:
-                    answer.set_result(result)
-        self._sender = None
+        batch: list[Waiting] = []
+        try:
+            while self._waiting:
+                batch, self._waiting = self._waiting[:MOST], self._waiting[MOST:]
+                _tell(batch, await self._results(batch))
+        except (RedisError, OSError) as error:
+            self._fail(batch, error)
+        except BaseException:  # re-raised: cancelled, or what nobody thought of; those who wait must not wait for ever
+            self._fail(batch, RedisAway("the commands were given up"))
+            raise
+        finally:
+            self._sender = None
+
+    async def _results(self, batch: list[Waiting]) -> list[Any]:
+        pipeline = self._redis.pipeline(transaction=False)
+        for command, _ in batch:
+            pipeline.execute_command(*command)
+        try:
+            return await pipeline.execute(raise_on_error=False)
+        except RuntimeError as error:  # uvloop's word for a connection that was reset while it idled
+            raise RedisAway(str(error)) from error
+
+    def _fail(self, batch: list[Waiting], error: Exception) -> None:
+        left, self._waiting = [*batch, *self._waiting], []
+        _tell(left, [error] * len(left))
+
+
+def _tell(batch: list[Waiting], results: list[Any]) -> None:
+    for (_, answer), result in zip(batch, results, strict=True):
+        if answer.done():  # nobody waits any more
+            continue
+        if isinstance(result, Exception):
+            answer.set_exception(result)
+        else:
+            answer.set_result(result)

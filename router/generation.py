@@ -30,6 +30,7 @@ class Call(msgspec.Struct, frozen=True):
     base: str
     request: GenerateRequest
     answers: tuple[Answer, ...]
+    is_read_along: bool  # the client streams
 
 
 def plan_calls(exchange: Exchange, arms: Arms, draw: random.Random, deadline_s: float, traceparent: str) -> list[Call]:
@@ -62,9 +63,9 @@ def plan_calls(exchange: Exchange, arms: Arms, draw: random.Random, deadline_s: 
                 deadline_s=deadline_s,
                 traceparent=traceparent,
                 tool_use=body.tool_use,
-                is_gathered=not body.is_stream,
             ),
             tuple(answers),
+            body.is_stream,
         )
         for number, (arm, answers) in enumerate(groups.items())
     ]
@@ -127,7 +128,7 @@ async def _run(pool: ReplicaPool, call: Call) -> AsyncGenerator[Grown]:
     """One call; its failure is its answers' failure."""
     failure: RouterError = UpstreamFailed("The replica ended the stream early.", code="truncated")
     try:
-        async with aclosing(pool.generate(call.base, call.request)) as stream:
+        async with aclosing(pool.generate(call.base, call.request, is_read_along=call.is_read_along)) as stream:
             async for chunks in stream:
                 now_s = time.perf_counter()
                 grown: Grown = []

@@ -1,8 +1,8 @@
 """What was served goes into the log, the metrics and the memories that verdicts and thumbs need.
 
 Two ways into the log: ``durable`` waits until the entry cannot be lost, ``note`` does not wait and counts
-what failed. Work that no client waits for runs in the background; ``settled`` waits for it. Of single answers, their
-numbers and what a thumb needs gather for ``GATHER_S`` and leave together: each alone would wake two threads and cost
+what failed. Work that no client waits for runs in the background; ``settled`` waits for it. Answers'
+numbers, and what a thumb needs, gather for ``GATHER_S`` and leave together: each alone would wake two threads and cost
 a busy router as much as the answer. A router that is killed loses what it had gathered; verdicts never gather.
 """
 
@@ -58,13 +58,14 @@ class Ledger:
     """The one place where the router writes down what it served."""
 
     def __init__(
-        self, outbox: OutboxLog, redis: Redis, writes: Gathered, pairs: PairMemory, *, completion_ttl_s: float
+        self, outbox: OutboxLog, redis: Redis, memories: Gathered, pairs: PairMemory, *, completion_ttl_s: float
     ) -> None:
         self._log = outbox
-        self._redis, self._writes = redis, writes
+        self._redis, self._writes = redis, memories
         self._pairs = pairs
         self._completion_ttl_s = int(completion_ttl_s)
         self._numbers: list[CompletionServed] = []  # gathering
+        self._is_ending = False  # nothing gathers any more
         self._leaving: asyncio.TimerHandle | None = None
         self._memories: dict[str, RememberedCompletion] = {}  # by key; until Redis has them
         self._unwritten: list[str] = []  # keys of those that gather
@@ -90,7 +91,11 @@ class Ledger:
                 metrics.EVENTS_LOST.labels(topic).inc()
                 log.warning("event lost: %s", error, extra={"action": "event_lost", "topic": topic})
 
-        self._log.append(topic, key_of(event), encode(event)).add_done_callback(count_loss)
+        try:
+            self._log.append(topic, key_of(event), encode(event)).add_done_callback(count_loss)
+        except RuntimeError as error:  # the log was closed: this answer ended after everything else
+            metrics.EVENTS_LOST.labels(topic).inc()
+            log.warning("event lost: %s", error, extra={"action": "event_lost", "topic": topic})
 
     async def remember_pair(self, exchange: Exchange) -> bool:
         """Make the complete pair one that can be judged; False when the memory cannot be reached."""
@@ -125,14 +130,16 @@ class Ledger:
     def close_exchange(self, exchange: Exchange) -> None:
         """Write down every answer of a request that is over, and keep single ones for a thumb."""
         read = set[Arm]()  # arms that read the prompt already: for several answers of one, that is done once
-        if self._leaving is None:
-            self._leaving = asyncio.get_running_loop().call_later(GATHER_S, self._leave)
         for answer in exchange.answers:
             self._numbers.append(answer.served(exchange))
             _count(answer, is_prompt_read=answer.arm in read)
             read.add(answer.arm)
             if not exchange.is_pair and answer in exchange.shown and answer.is_whole:
                 self._remember_completion(exchange, answer)
+        if self._is_ending:
+            self._leave()
+        elif self._leaving is None:
+            self._leaving = asyncio.get_running_loop().call_later(GATHER_S, self._leave)
 
     def _leave(self) -> None:
         """What gathered goes out."""
@@ -155,11 +162,12 @@ class Ledger:
         return cast(bytes | None, await self._redis.get(COMPLETION_KEY + completion_id))
 
     async def settled(self) -> None:
-        """Wait for what runs in the background now."""
+        """The end: what gathers goes out, and from now on at once; wait for all that runs in the background."""
+        self._is_ending = True
         if self._leaving is not None:
             self._leaving.cancel()
             self._leave()
-        if self._background:
+        while self._background:
             await asyncio.wait(set(self._background))
 
     def _remember_completion(self, exchange: Exchange, answer: Answer) -> None:

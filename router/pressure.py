@@ -3,12 +3,12 @@
 The signal is the time to the first token, never the time of a whole answer, which depends on how much is said. Samples
 are judged in windows: a window's median above ``TOLERANCE`` times the calm median, and more than ``patience_s`` above
 it, means that requests wait somewhere, and what was in flight, divided by that ratio, is the new limit. Otherwise a
-limit that was at least half used grows by half its square root, and one that was not is forgotten, a tenth a window,
-down to ``ROOM`` times the floor: what was never tried says nothing of how much a flood may bring. Calm is measured, not
-assumed: when ``PROBE_S`` of cuts have not helped, the limit is halved for one window (as BBR probes a path's round-trip
-time), and the median without a queue is the new calm: prompts became longer, or the model slower. A window counts only
-what was asked since it began, so that no limit is judged by what came before it. After the gradient limits of Netflix's
-concurrency-limits.
+limit that was at least half used, or is below ``ROOM`` times the floor, grows by half its square root; one that was not
+is forgotten, a tenth a window, down to that: what was never tried says nothing of how much a flood may bring. Calm is
+measured, not assumed: when ``PROBE_S`` of cuts have not helped, the limit is halved for one window (as BBR probes a
+path's round-trip time), and the median without a queue is the new calm: prompts became longer, or the model slower. A
+window counts only what was asked since it began, so that no limit is judged by what came before it. After the gradient
+limits of Netflix's concurrency-limits.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class ConcurrencyLimit:
             self._kept, self.limit = self.limit, max(self._least, self.limit / 2)
 
     def _grow_or_forget(self) -> None:
-        if 2 * self._peak >= self.limit:
+        if 2 * self._peak >= self.limit or self.limit < ROOM * self._least:
             self.limit = min(self._most, self.limit + math.sqrt(self.limit) / 2)
         else:
             room = max(ROOM * self._least, 2.0 * self._peak)

@@ -125,10 +125,10 @@ def _wire(
     *,
     embedded_log: bool,
 ) -> Services:
-    reads, writes = Gathered(redis), Gathered(redis)
+    reads, writes, memories = Gathered(redis), Gathered(redis), Gathered(redis)
     pairs = PairMemory(redis, writes, config.pair_ttl_s)
-    ledger = Ledger(outbox, redis, writes, pairs, completion_ttl_s=config.completion_ttl_s)
-    book = ConsentBook(redis, reads, pairs_per_minute=config.pairs_per_minute)
+    ledger = Ledger(outbox, redis, memories, pairs, completion_ttl_s=config.completion_ttl_s)
+    book = ConsentBook(redis, reads, writes, pairs_per_minute=config.pairs_per_minute)
     claims = Claims(redis, ledger, ttl_s=config.verdict_ttl_s, lease_s=config.claim_lease_s, embedded_log=embedded_log)
     receipts = ReceiptBook(redis, ledger, claims)
     settings = ChatSettings(

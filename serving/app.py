@@ -143,11 +143,14 @@ def stop_serve(config: ServingConfig) -> None:
         return
     family = psutil.Process().children(recursive=True)
     patience = threading.Timer(SHUTDOWN_S, _kill, (family,))
+    patience.daemon = True
     patience.start()
-    ray.shutdown()
-    patience.cancel()
-    _, left = psutil.wait_procs(family, timeout=LAST_WORDS_S)
-    _kill(left)
+    try:
+        ray.shutdown()
+    finally:
+        patience.cancel()
+        _, left = psutil.wait_procs(family, timeout=LAST_WORDS_S)
+        _kill(left)
 
 
 def _kill(processes: Iterable[psutil.Process]) -> None:

@@ -25,7 +25,7 @@ from starlette.types import Receive, Scope, Send
 
 from serving.engine import ChunkStream, Engine
 from serving.errors import EngineFailed, InvalidRequest, ServingError, VersionRefused, VersionUnknown
-from serving.wire import GenerateRequest, ReplicaStatus
+from serving.wire import GATHER_HEADER, GenerateRequest, ReplicaStatus
 from telemetry.manifest import VERSION_PATTERN, Manifest, UntrustedVersion, read_version
 from telemetry.metrics import ADAPTER_LOADS, ENGINE_BATCH, ENGINE_QUEUE, FREE_SLOTS
 from telemetry.process import keep_what_is_loaded
@@ -89,8 +89,9 @@ class _Generate:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            request = _decoded(await _body(Request(scope, receive)))
-            stream = await self._engine.submit(request)
+            request = Request(scope, receive)
+            gather_s = GATHER_S if GATHER_HEADER in request.headers else 0.0
+            stream = await self._engine.submit(_decoded(await _body(request)))
         except ClientDisconnect:
             return
         except ServingError as error:
@@ -98,7 +99,7 @@ class _Generate:
             return
         async with aclosing(stream):
             gone = asyncio.ensure_future(_disconnected(receive))
-            sending = asyncio.ensure_future(_send_chunks(stream, send, GATHER_S if request.is_gathered else 0.0))
+            sending = asyncio.ensure_future(_send_chunks(stream, send, gather_s))
             try:
                 await asyncio.wait((gone, sending), return_when=asyncio.FIRST_COMPLETED)
             finally:

@@ -43,6 +43,9 @@ class ToolUse(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     is_parallel: bool = True  # it may be more than one
 
 
+GATHER_HEADER = "x-tiebreak-gather"  # set: nobody reads along, so that chunks after the first may leave together
+
+
 class GenerateRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """Ask one version for ``n`` completions to one prompt. Defaults are not sent: older replicas can read it."""
 
@@ -54,7 +57,6 @@ class GenerateRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, o
     deadline_s: float = 120.0  # seconds from receipt; past it the request is cancelled
     traceparent: str = ""
     tool_use: ToolUse | None = None  # None: what looks like a call is text
-    is_gathered: bool = False  # nobody reads along: after each completion's first, chunks may leave together
 
 
 class TopLogprob(msgspec.Struct, frozen=True):

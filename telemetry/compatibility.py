@@ -67,24 +67,34 @@ def _name(reference: Schema) -> str:
 
 def _narrowed(older: Schema, newer: Schema, where: str) -> Iterator[str]:
     """What values of ``older`` a reader of ``newer`` would refuse, or no longer find."""
-    if wide := _alternatives(newer):
-        for narrow in _alternatives(older) or [older]:
-            if not any(not list(_narrowed(narrow, each, where)) for each in wide):
-                yield f"{where} no longer takes {_told(narrow)}"
+    narrow, wide = older.get("anyOf", [older]), newer.get("anyOf", [newer])
+    if len(narrow) == len(wide) == 1:
+        yield from _narrowed_plain(narrow[0], wide[0], where)
         return
-    if "enum" in older or "const" in older:
-        taken = set(newer.get("enum", [newer["const"]] if "const" in newer else []))
-        for value in older.get("enum", [older.get("const")]):
-            if taken and value not in taken:
-                yield f"{where} no longer takes {value!r}"
-    elif "enum" in newer or "const" in newer:
-        yield f"{where} takes only some values now"
-    if older.get("$ref") != newer.get("$ref") or not _types(older) <= _types(newer):
+    for each in narrow:
+        if all(list(_narrowed_plain(each, taken, where)) for taken in wide):
+            yield f"{where} no longer takes {_told(each)}"
+
+
+def _narrowed_plain(older: Schema, newer: Schema, where: str) -> Iterator[str]:
+    """The same for schemas without alternatives."""
+    if not _is_limited(newer):
+        return
+    if older.get("$ref") != newer.get("$ref") or not _types(older) or not _types(older) <= _types(newer):
         yield f"{where} was {_told(older)} and is {_told(newer)}"
         return
+    if (taken := _values(newer)) is not None:
+        given = _values(older)
+        if given is None:
+            yield f"{where} takes only some values now"
+        for value in given or ():
+            if value not in taken:
+                yield f"{where} no longer takes {value!r}"
     for limit, is_narrower in _LIMITS.items():
         if limit in newer and (limit not in older or is_narrower(newer[limit], older[limit])):
             yield f"{where}: {limit} became narrower"
+    if older.get("contentEncoding") != newer.get("contentEncoding"):
+        yield f"{where} is encoded in another way"
     yield from _narrowed_parts(older, newer, where)
 
 
@@ -95,13 +105,13 @@ def _narrowed_parts(older: Schema, newer: Schema, where: str) -> Iterator[str]:
             yield f"{where}.{name} is gone"
         else:
             yield from _narrowed(field, fields[name], f"{where}.{name}")
-            if field.get("default") != fields[name].get("default"):
+            if "default" in field and field["default"] != fields[name].get("default"):
                 yield f"{where}.{name}: its default changed, and with it what records without it say"
     for name in sorted(set(newer.get("required", ())) - set(older.get("required", ()))):
         yield f"{where}.{name} has no default: what was written before lacks it"
     for part in ("items", "additionalProperties"):
-        if isinstance(older.get(part), dict) and isinstance(newer.get(part), dict):
-            yield from _narrowed(older[part], newer[part], f"{where}[]")
+        if isinstance(newer.get(part), dict):
+            yield from _narrowed(_part(older, part), newer[part], f"{where}[]")
     before, after = older.get("prefixItems", []), newer.get("prefixItems", [])
     if len(before) != len(after):
         yield f"{where} had {len(before)} parts and has {len(after)}"
@@ -121,17 +131,43 @@ _LIMITS: Final[dict[str, Callable[[Any, Any], bool]]] = {
     "pattern": lambda new, old: new != old,
     "format": lambda new, old: new != old,
 }
+_ANYTHING: Final = ("null", "boolean", "integer", "number", "string", "array", "object")
 
 
-def _alternatives(schema: Schema) -> list[Schema]:
-    return list(schema.get("anyOf", ()))
+def _part(schema: Schema, name: str) -> Schema:
+    found = schema.get(name)
+    return found if isinstance(found, dict) else {}
+
+
+def _is_limited(schema: Schema) -> bool:
+    """Whether it says anything at all; {} takes everything."""
+    return any(key in schema for key in ("type", "enum", "const", "$ref"))
+
+
+def _values(schema: Schema) -> list[Any] | None:
+    """The only ones that it takes; None: all of its type."""
+    if "const" in schema:
+        return [schema["const"]]
+    found: list[Any] | None = schema.get("enum")
+    return found
 
 
 def _types(schema: Schema) -> set[str]:
     """JSON types that it takes; an integer is a number."""
-    named = schema.get("type", [])
+    if "$ref" in schema:
+        return {"object"}
+    if not _is_limited(schema):
+        return set(_ANYTHING)
+    if (values := _values(schema)) is not None and "type" not in schema:
+        return {_type_of(value) for value in values}
+    named = schema["type"]
     types = {named} if isinstance(named, str) else set(named)
     return types | {"integer"} if "number" in types else types
+
+
+def _type_of(value: object) -> str:
+    kinds = {bool: "boolean", int: "integer", float: "number", str: "string", type(None): "null"}
+    return kinds[type(value)]
 
 
 def _told(schema: Schema) -> str:

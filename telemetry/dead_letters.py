@@ -1,22 +1,35 @@
 """Entries that no consumer could interpret, as the store keeps them, and their way back into the log.
 
 A letter is replayed by reading it with the build that is here now: what a newer build wrote, or what lay in the wrong
-topic, becomes the event that it is and goes to that event's topic. It keeps its event_id, so that it counts once,
-however often it is replayed.
+topic, becomes the event that it is and goes to that event's topic. It keeps its event_id: once the store holds that, or
+its user took the verdict back, it is not replayed any more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import msgspec
+import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 from deltalake import DeltaTable
 
 from telemetry.event_log import EventLog, Position
-from telemetry.events import DEAD_LETTERS, TOPIC_OF, AnyEvent, DeadLetter, InvalidEvent, decode, encode, key_of
+from telemetry.events import (
+    DEAD_LETTERS,
+    PREFERENCES,
+    TOPIC_OF,
+    AnyEvent,
+    DeadLetter,
+    InvalidEvent,
+    PreferenceRecorded,
+    PreferenceRetracted,
+    decode,
+    encode,
+    key_of,
+)
 from telemetry.rows import TABLE_OF
 
 
@@ -51,9 +64,9 @@ def letters(store_root: str | Path) -> list[Letter]:
     return sorted(found, key=lambda letter: (letter.recorded_at, letter.topic, letter.offset))
 
 
-def letter(store_root: str | Path, letter_id: str) -> Letter:
+def named(dead: list[Letter], letter_id: str) -> Letter:
     """The one called ``letter_id``, or by a beginning of it that is no other's. Raises LetterUnknown."""
-    found = [each for each in letters(store_root) if each.id.startswith(letter_id)]
+    found = [each for each in dead if each.id.startswith(letter_id)]
     if len(found) != 1:
         raise LetterUnknown(letter_id)
     return found[0]
@@ -67,10 +80,24 @@ def stored(store_root: str | Path, events: list[AnyEvent]) -> set[str]:
     return {found for topic, ids in by_topic.items() for found in _found(f"{store_root}/{TABLE_OF[topic]}", ids)}
 
 
-def _found(uri: str, ids: list[str]) -> Iterator[str]:
-    if DeltaTable.is_deltatable(uri):
-        dataset = DeltaTable(uri).to_pyarrow_dataset()
-        yield from dataset.to_table(columns=["event_id"], filter=pc.field("event_id").isin(ids))["event_id"].to_pylist()
+def retracted(store_root: str | Path, events: list[AnyEvent]) -> set[str]:
+    """The event_ids of those verdicts among ``events`` that were taken back."""
+    ids = [event.event_id for event in events if isinstance(event, PreferenceRecorded)]
+    wanted = (pc.field("type") == PreferenceRetracted.__name__) & pc.field("preference_id").isin(
+        pa.array(ids, pa.string())
+    )
+    return set(_column(f"{store_root}/{TABLE_OF[PREFERENCES]}", "preference_id", wanted))
+
+
+def _found(uri: str, ids: list[str]) -> list[str]:
+    return _column(uri, "event_id", pc.field("event_id").isin(pa.array(ids, pa.string())))
+
+
+def _column(uri: str, name: str, wanted: Any) -> list[str]:
+    if not DeltaTable.is_deltatable(uri):
+        return []
+    found: list[str] = DeltaTable(uri).to_pyarrow_dataset().to_table(columns=[name], filter=wanted)[name].to_pylist()
+    return found
 
 
 def revived(dead: Letter) -> AnyEvent:

@@ -273,6 +273,14 @@ def encode(event: AnyEvent) -> bytes:
     return _encoder.encode(event)
 
 
+def decode_from(topic: str, payload: bytes) -> AnyEvent:
+    """``decode`` for what was read from ``topic``; an event of another topic is no valid entry there either."""
+    event = decode(payload)
+    if TOPIC_OF[type(event)] != topic:
+        raise InvalidEvent(f"{type(event).__name__} belongs to {TOPIC_OF[type(event)]}")
+    return event
+
+
 def decode(payload: bytes) -> AnyEvent:
     """The event in ``payload``; raises InvalidEvent for anything malformed, unknown or of a newer schema."""
     try:

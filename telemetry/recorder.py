@@ -35,7 +35,7 @@ from telemetry.events import (
     DeadLetter,
     InvalidEvent,
     PairShown,
-    decode,
+    decode_from,
     encode,
     key_of,
 )
@@ -58,10 +58,7 @@ def interpret(entry: Entry) -> AnyEvent:
     """The event in the entry, or the dead letter that the entry becomes: always with the same event_id."""
     where = entry.position
     try:
-        event = decode(entry.payload)
-        if TOPIC_OF[type(event)] == where.topic:
-            return event
-        reason = f"{type(event).__name__} belongs to {TOPIC_OF[type(event)]}"
+        return decode_from(where.topic, entry.payload)
     except InvalidEvent as error:
         reason = str(error)
     if len(entry.payload) > MAX_DEAD_LETTER_BYTES:

@@ -38,7 +38,7 @@ from telemetry.events import (
     AnyEvent,
     InvalidEvent,
     ReleaseChanged,
-    decode,
+    decode_from,
     encode,
     key_of,
 )
@@ -281,7 +281,7 @@ def _routes(saved: Saved) -> list[object]:
 
 def _read(entry: Entry) -> AnyEvent | None:
     try:
-        return decode(entry.payload)
+        return decode_from(entry.position.topic, entry.payload)
     except InvalidEvent as error:  # the recorder keeps it as a dead letter
         log.warning("skipped an entry: %s", error, extra={"action": "entry_skipped"})
         return None

@@ -10,7 +10,8 @@ from deploy.dlq import judged, replay_some, show_one
 from telemetry.config import TelemetryConfig, open_log
 from telemetry.dead_letters import LetterUnknown, letters
 from telemetry.event_log import EventLog
-from telemetry.events import PREFERENCES, encode
+from telemetry.events import PAIRS, PREFERENCES, encode
+from telemetry.store import counts
 from tests import examples
 from tests.integration.recording import RecorderProcess, append, stored_ids, wait_for
 
@@ -30,7 +31,7 @@ def log(config: TelemetryConfig) -> Iterator[EventLog]:
 
 def states(config: TelemetryConfig) -> dict[bytes, str]:
     """payload → what can be done about it."""
-    return {dead.payload: state for dead, _, state in judged(config.store_root, letters(config.store_root))}
+    return {each.letter.payload: each.state for each in judged(config.store_root, letters(config.store_root))}
 
 
 def test_what_can_be_read_now_comes_back_once_and_the_rest_stays(
@@ -59,6 +60,20 @@ def test_what_can_be_read_now_comes_back_once_and_the_rest_stays(
     assert b"is in the store already" in said and b"cannot read it either: not a known event" in said
     assert show_one(config, ids[garbage][:13]) == 0
     assert garbage in capfdbinary.readouterr().out
+
+
+def test_a_verdict_that_was_taken_back_is_not_replayed(config: TelemetryConfig, log: EventLog) -> None:
+    verdict = examples.preference(1)
+    log.append(PAIRS, "k", encode(verdict)).result(timeout=30)  # misplaced
+    retraction = examples.retraction(verdict)
+    append(log, retraction)
+    with RecorderProcess(config):
+        wait_for(lambda: states(config) == {encode(verdict): "retracted"}, "a dead letter, taken back")
+        wait_for(lambda: stored_ids(config)[retraction.event_id] == 1, "the retraction is stored")
+        assert replay_some(config, [letters(config.store_root)[0].id]) == 0
+        append(log, examples.pair(2))
+        wait_for(lambda: counts(config.store_root)["pairs"] == 1, "all before it is stored")
+    assert stored_ids(config)[verdict.event_id] == 0
 
 
 def test_a_name_that_is_no_letters_is_refused(config: TelemetryConfig) -> None:

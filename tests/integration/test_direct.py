@@ -173,6 +173,36 @@ async def test_a_server_is_slowed_down_while_nobody_reads() -> None:
         connection.let_go()
 
 
+@pytest.mark.parametrize("second", [CHUNKED + chunk(b"stray") + b"0\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-", b"noise"])
+async def test_what_comes_behind_an_answer_reaches_nobody(second: bytes) -> None:
+    """A replica out of step would otherwise give one user what another asked for."""
+
+    async def answer_too_much(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok" + second)
+
+    async with serving(answer_too_much) as (server, client, url):
+        for _ in range(2):
+            assert await ask(await client.connect(url)) == b"ok"
+        assert server.connections == 2
+
+
+async def test_an_interim_answer_is_none() -> None:
+    async def answer_twice(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 100 Continue\r\n\r\n" + CHUNKED + chunk(b"body") + b"0\r\n\r\n")
+
+    async with serving(answer_twice) as (server, client, url):
+        assert [await ask(await client.connect(url)) for _ in range(2)] == [b"body", b"body"]
+        assert server.connections == 1
+
+
+async def test_after_the_end_a_connection_is_cut_when_its_request_is_over() -> None:
+    async with serving(answer_two_pieces) as (server, client, url):
+        connection = await client.connect(url)
+        client.close()
+        assert await ask(connection) == b"one\ntwo\n"
+        await asyncio.wait_for(server.gone.wait(), 2)
+
+
 async def test_nobody_there_is_unreachable() -> None:
     client = DirectClient("/v1/generate", connect_s=1.0)
     with pytest.raises(Unreachable):

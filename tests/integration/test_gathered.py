@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+import struct
+from contextlib import suppress
 
 import pytest
+import uvloop
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
 from redis.exceptions import RedisError, ResponseError
 
 from router.gathered import MOST, Gathered
@@ -50,3 +57,52 @@ async def test_a_redis_that_is_away_fails_all_and_is_asked_again(redis_server: R
         redis_server.restart()
         assert int(await gathered.ask("GET", "n")) == 1
         await gathered.ask("DEL", "n")
+
+
+class Proxy:
+    """TCP before a Redis on a Unix socket; ``reset`` ends every connection as a load balancer does that forgot it."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._clients: list[asyncio.StreamWriter] = []
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._clients.append(writer)
+        back_reader, back_writer = await asyncio.open_unix_connection(self._path)
+        with suppress(ConnectionError, asyncio.CancelledError):
+            await asyncio.gather(self._pump(reader, back_writer), self._pump(back_reader, writer))
+        back_writer.close()
+
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(65536):
+            writer.write(data)
+        writer.close()
+
+    def reset(self) -> None:
+        for writer in self._clients:
+            connected: socket.socket = writer.get_extra_info("socket")
+            connected.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            writer.transport.abort()
+        self._clients.clear()
+
+
+def test_a_connection_reset_while_it_idles_is_an_error_and_not_the_end(redis_server: RedisServer) -> None:
+    """On the router's own event loop, where such a connection says RuntimeError."""
+
+    async def story() -> None:
+        proxy = Proxy(str(redis_server.socket))
+        listening = await asyncio.start_server(proxy.serve, "127.0.0.1", 0)
+        port = listening.sockets[0].getsockname()[1]
+        async with Redis(host="127.0.0.1", port=port, db=13, retry=Retry(NoBackoff(), 0)) as redis:
+            gathered = Gathered(redis)
+            assert await gathered.ask("INCR", "n") == 1
+            for _ in range(3):
+                proxy.reset()
+                await asyncio.sleep(0.05)
+                with suppress(RedisError, OSError):
+                    await asyncio.wait_for(gathered.ask("GET", "n"), 5)
+                assert int(await asyncio.wait_for(gathered.ask("GET", "n"), 5)) == 1
+            await gathered.ask("DEL", "n")
+        listening.close()
+
+    uvloop.run(story())

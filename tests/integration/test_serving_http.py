@@ -16,7 +16,7 @@ import uvicorn
 from serving.config import BaseConfig
 from serving.http import BODY_MAX_BYTES
 from serving.replica import build_replica
-from serving.wire import Chunk, GenerateRequest, ReplicaStatus
+from serving.wire import GATHER_HEADER, Chunk, GenerateRequest, ReplicaStatus
 from telemetry.manifest import ADAPTER_FILE
 from telemetry.process import signing_key
 from tests.unit.serving.conftest import tiny_model as tiny_model
@@ -90,8 +90,9 @@ async def test_what_nobody_reads_along_leaves_in_few_pieces_and_says_the_same(cl
     await client.generate(wanted)  # from now on its prompt is known
     pieces: dict[bool, list[bytes]] = {}
     for is_gathered in (False, True):
-        body = msgspec.json.encode(msgspec.structs.replace(wanted, is_gathered=is_gathered))
-        async with client.session.post("/v1/generate", data=body) as response:
+        headers = {GATHER_HEADER: "1"} if is_gathered else {}
+        body = msgspec.json.encode(wanted)
+        async with client.session.post("/v1/generate", data=body, headers=headers) as response:
             pieces[is_gathered] = [piece async for piece, _ in response.content.iter_chunks() if piece]
     assert len(pieces[True]) <= 3 < len(pieces[False]), "the first of each side, and the rest"
     said = [[msgspec.json.decode(line, type=Chunk) for line in b"".join(p).split(b"\n")[:-1]] for p in pieces.values()]

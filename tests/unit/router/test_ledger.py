@@ -13,9 +13,10 @@ from redis.exceptions import ConnectionError as RedisAway
 from router.arms import Arm
 from router.exchange import Answer, Exchange
 from router.gathered import Gathered
-from router.ledger import GATHER_S, Ledger, found_soon
+from router.ledger import Ledger, found_soon
 from router.schema import ChatRequest
 from serving.wire import Chunk, Sampling, TokenLogprob
+from telemetry.events import COMPLETIONS
 
 ARM = Arm("main", "tiny", "v", "stable", 1.0, 1.0)
 
@@ -52,9 +53,16 @@ class Pipeline:
 
 
 class Log:
-    """An event log that nobody asks."""
+    """An event log that counts."""
+
+    def __init__(self) -> None:
+        self.appended = 0
+        self.is_closed = False
 
     def append(self, *_: object) -> Any:
+        if self.is_closed:
+            raise RuntimeError("the event log was closed; open another")
+        self.appended += 1
         return Future()
 
 
@@ -77,19 +85,38 @@ def answered(ledger: Ledger, name: str, *others: Answer) -> None:
 
 
 async def test_an_answer_can_be_rated_before_it_is_written_and_those_that_gather_go_together() -> None:
-    redis = Redis()
-    ledger = Ledger(Log(), redis, Gathered(redis), None, completion_ttl_s=60)  # type: ignore[arg-type]
+    redis, log = Redis(), Log()
+    redis.let_go.set()
+    ledger = Ledger(log, redis, Gathered(redis), None, completion_ttl_s=60)  # type: ignore[arg-type]
     answered(ledger, "one")
     answered(ledger, "two")
-    assert redis.batches == [], "they gather"
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert (log.appended, redis.batches) == (0, []), "they gather"
     found = await ledger.recall_completion("two")
     assert found is not None and found.completion.completion_id == "two"
-    redis.let_go.set()
-    await asyncio.sleep(2 * GATHER_S)
-    answered(ledger, "three")
     await ledger.settled()
-    assert [[key.rpartition(":")[2] for key in batch] for batch in redis.batches] == [["one", "two"], ["three"]]
-    assert await ledger.recall_completion("three") is None, "from now on Redis knows it"
+    assert [[key.rpartition(":")[2] for key in batch] for batch in redis.batches] == [["one", "two"]]
+    assert log.appended == 2
+    assert await ledger.recall_completion("two") is None, "from now on Redis knows it"
+
+
+async def test_what_ends_after_the_end_leaves_at_once_and_a_closed_log_loses_it_with_a_count() -> None:
+    redis, log = Redis(), Log()
+    redis.let_go.set()
+    ledger = Ledger(log, redis, Gathered(redis), None, completion_ttl_s=60)  # type: ignore[arg-type]
+    await ledger.settled()
+    answered(ledger, "late")
+    assert log.appended == 1
+    log.is_closed, lost = True, _lost()
+    answered(ledger, "too late")
+    assert _lost() == lost + 1
+    await ledger.settled()
+    assert sum(map(len, redis.batches)) == 2, "Redis takes them as ever"
+
+
+def _lost() -> float:
+    return REGISTRY.get_sample_value("tiebreak_events_lost_total", {"topic": COMPLETIONS}) or 0.0
 
 
 async def test_what_cannot_be_written_is_let_go_and_the_next_answer_is_tried_again(

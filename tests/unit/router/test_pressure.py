@@ -154,6 +154,28 @@ def test_a_flood_after_a_calm_time_meets_a_limit_near_what_was_needed() -> None:
     assert max(first.waits_s) < 1.0, "256 in line for 16 places wait 1.6 s"
 
 
+def test_a_cut_by_a_mere_pause_heals_while_few_ask() -> None:
+    now_s = 0.0
+    limit = ConcurrencyLimit(LEAST, MOST, patience_s=0.0, clock=lambda: now_s)
+
+    def window(in_flight: int, first_s: float) -> None:
+        nonlocal now_s
+        for _ in range(in_flight):
+            limit.enter()
+        now_s += 6.0
+        for _ in range(16):
+            limit.first_token(first_s)
+        for _ in range(in_flight):
+            limit.leave()
+
+    window(6, 0.05)
+    while limit.limit > LEAST:
+        window(6 if limit.limit > 6 else int(limit.limit), 5.0)
+    for _ in range(20):
+        window(1, 0.05)
+    assert limit.limit >= ROOM * LEAST
+
+
 def test_longer_prompts_are_no_queue() -> None:
     """The time to the first token triples for good: after a probe that is the new calm, and the limit comes back."""
     simulation = Simulation(0.05)

@@ -21,6 +21,11 @@ FIELDS: list[Any] = [
     ("shares", dict[str, float], msgspec.field(default_factory=dict)),
     ("pair", tuple[str, str], ("", "")),
     ("parts", tuple[A_RECORD, ...], ()),
+    ("choice", int | str),
+    ("rating", Literal[1, -1]),
+    ("words", tuple[str | None, ...], ()),
+    ("loads", dict[str, float | None], msgspec.field(default_factory=dict)),
+    ("anything", Any),
 ]
 
 
@@ -46,6 +51,10 @@ def test_the_committed_schemas_are_those_of_the_events_as_they_are() -> None:
         changed("kind", Literal["a", "b", "c"]),
         changed("name", str | None),
         changed("count", float, 0),
+        changed("kind", str),
+        changed("name", str, "d"),
+        changed("name", Any),
+        changed("choice", int | str | None),
         changed("part", A_RECORD | None),
         list(reversed(FIELDS)),
     ],
@@ -66,7 +75,14 @@ SMALLER_PART = msgspec.defstruct("Part", [("size", Annotated[int, msgspec.Meta(g
         (changed("count", str, ""), "Thing.count was integer and is string"),
         (changed("kind", Literal["a"]), "Thing.kind no longer takes 'b'"),
         (changed("name", Literal["a"]), "Thing.name takes only some values now"),
-        (changed("note", str, ""), "Thing.note"),
+        (changed("note", str), "Thing.note no longer takes null"),
+        (changed("choice", int), "Thing.choice no longer takes string"),
+        (changed("kind", int), "Thing.kind was"),
+        (changed("rating", str), "Thing.rating was"),
+        (changed("words", tuple[str, ...], ()), "Thing.words[] no longer takes null"),
+        (changed("loads", dict[str, float], msgspec.field(default_factory=dict)), "Thing.loads[] no longer takes null"),
+        (changed("anything", int), "Thing.anything was {} and is integer"),
+        (changed("name", bytes), "Thing.name is encoded in another way"),
         (changed("count", int, 1), "Thing.count: its default changed"),
         (changed("count", int), "Thing.count has no default"),
         (changed("name", Annotated[str, msgspec.Meta(max_length=3)]), "Thing.name: maxLength became narrower"),
@@ -74,7 +90,7 @@ SMALLER_PART = msgspec.defstruct("Part", [("size", Annotated[int, msgspec.Meta(g
         (changed("shares", dict[str, str], msgspec.field(default_factory=dict)), "Thing.shares[] was number"),
         (changed("pair", tuple[str, str, str], ("", "")), "Thing.pair"),
         (changed("pair", tuple[str, int], ("", "")), "Thing.pair[1] was string and is integer"),
-        (changed("part", SMALLER_PART)[:7], "Part.size: minimum became narrower"),
+        ([*changed("part", SMALLER_PART)[:7], *FIELDS[8:]], "Part.size: minimum became narrower"),
     ],
 )
 def test_what_takes_away_is_named(fields: list[Any], told: str) -> None:

@@ -87,6 +87,13 @@ def test_a_payload_that_is_not_ours_is_refused(payload: bytes) -> None:
         events.decode(payload)
 
 
+def test_an_event_in_another_topic_is_no_entry_there() -> None:
+    payload = events.encode(preference())
+    assert events.decode_from(events.PREFERENCES, payload) == events.decode(payload)
+    with pytest.raises(events.InvalidEvent, match="PreferenceRecorded belongs to tiebreak.preferences.v1"):
+        events.decode_from(events.VERSIONS, payload)
+
+
 def test_an_event_of_a_newer_schema_is_refused_not_guessed() -> None:
     newer = msgspec.structs.replace(preference(), schema_version=2)
     with pytest.raises(events.InvalidEvent, match="schema_version 2"):
