@@ -12,13 +12,15 @@ from rich.table import Column, Table
 from telemetry.lineage import Lineages, Published
 from telemetry.manifest import VERSION_PATTERN
 
+BASE = "v000000-"  # how the names of base models begin
+
 
 def document(store: str, name: str) -> dict[str, Any]:
     """All that is known of the version or verdict ``name``, as plain values. Raises NotRecorded."""
     lineages = Lineages(store)
     if not VERSION_PATTERN.match(name):
         return {"verdict": msgspec.to_builtins(lineages.verdict(name))}
-    line = lineages.ancestry(name)
+    line = [] if name.startswith(BASE) else lineages.ancestry(name)
     return {
         "version": name,
         "preference_ids": [each for version in reversed(line) for each in version.preference_ids],
@@ -29,14 +31,15 @@ def document(store: str, name: str) -> dict[str, Any]:
 def show(store: str, name: str, console: Console) -> None:
     """``document`` for people."""
     lineages = Lineages(store)
-    if VERSION_PATTERN.match(name):
+    if name.startswith(BASE):
+        console.print(f"{name} is a base model: it has no forebears here, and no verdicts")
+    elif VERSION_PATTERN.match(name):
         _show_version(lineages.ancestry(name), console)
-        return
-    found = lineages.verdict(name)
-    table = Table(box=None, show_header=False)
-    for key, value in msgspec.to_builtins(found).items():
-        table.add_row(key, ", ".join(value) if isinstance(value, list) else str(value))
-    console.print(table)
+    else:
+        table = Table(box=None, show_header=False)
+        for key, value in msgspec.to_builtins(lineages.verdict(name)).items():
+            table.add_row(key, ", ".join(value) if isinstance(value, list | tuple) else str(value))
+        console.print(table)
 
 
 def _show_version(line: Sequence[Published], console: Console) -> None:
@@ -56,4 +59,6 @@ def _show_version(line: Sequence[Published], console: Console) -> None:
         )
     console.print(table)
     total = sum(len(each.preference_ids) for each in line)
-    console.print(f"{line[0].version} learned from {total} verdicts over {len(line)} versions since {line[-1].parent}")
+    console.print(
+        f"{line[0].version}: {total} verdicts since {line[-1].parent}; a version with none went over earlier ones"
+    )

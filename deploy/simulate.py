@@ -174,10 +174,15 @@ async def simulate(url: str, persona: str, wanted: int, *, users: int, seed: int
                 seed=seed,
                 on_click=lambda c: progress.update(task, completed=c.given),
             )
+        out.print(f"comparing stable with base on {len(EVALUATION_PROMPTS)} new prompts, for a minute or two …")
         result = await compare(api, persona, users=users)
     out.print(f"clicks: {dict(clicks.choices)}" + (f", retried: {dict(clicks.failures)}" if clicks.failures else ""))
     out.print(
         f"{result.version} against base on {len(EVALUATION_PROMPTS)} new prompts: {result.wins} won, "
         f"{result.losses} lost, {result.ties} tied, win rate {result.win_rate:.2f}"
     )
+    if result.version.startswith("v000000-"):
+        out.print(
+            "stable is the base itself still: no version has won its place yet (`tiebreak releases list` says why)"
+        )
     return 0

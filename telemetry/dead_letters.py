@@ -14,7 +14,6 @@ from typing import Any
 import msgspec
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.compute as pc  # type: ignore[import-untyped]
-from deltalake import DeltaTable
 
 from telemetry.event_log import EventLog, Position
 from telemetry.events import (
@@ -30,7 +29,7 @@ from telemetry.events import (
     encode,
     key_of,
 )
-from telemetry.rows import TABLE_OF
+from telemetry.store import read
 
 
 class Letter(msgspec.Struct, frozen=True):
@@ -55,11 +54,8 @@ class LetterUnknown(LookupError):
 def letters(store_root: str | Path) -> list[Letter]:
     """Every dead letter in the store, oldest first."""
     columns = ["event_id", "source_topic", "source_partition", "source_offset", "reason", "payload", "recorded_at"]
-    uri = f"{store_root}/{TABLE_OF[DEAD_LETTERS]}"
-    if not DeltaTable.is_deltatable(uri):
-        return []
     is_letter = pc.field("type") == DeadLetter.__name__
-    rows = DeltaTable(uri).to_pyarrow_dataset().to_table(columns=columns, filter=is_letter).to_pylist()
+    rows = read(store_root, DEAD_LETTERS, columns=columns, wanted=is_letter).to_pylist()
     found = [Letter(*(row[column] for column in columns)) for row in rows]
     return sorted(found, key=lambda letter: (letter.recorded_at, letter.topic, letter.offset))
 
@@ -77,27 +73,24 @@ def stored(store_root: str | Path, events: list[AnyEvent]) -> set[str]:
     by_topic: dict[str, list[str]] = {}
     for event in events:
         by_topic.setdefault(TOPIC_OF[type(event)], []).append(event.event_id)
-    return {found for topic, ids in by_topic.items() for found in _found(f"{store_root}/{TABLE_OF[topic]}", ids)}
+    return {
+        found
+        for topic, ids in by_topic.items()
+        for found in read(store_root, topic, columns=["event_id"], wanted=_is_in("event_id", ids))[
+            "event_id"
+        ].to_pylist()
+    }
 
 
 def retracted(store_root: str | Path, events: list[AnyEvent]) -> set[str]:
     """The event_ids of those verdicts among ``events`` that were taken back."""
     ids = [event.event_id for event in events if isinstance(event, PreferenceRecorded)]
-    wanted = (pc.field("type") == PreferenceRetracted.__name__) & pc.field("preference_id").isin(
-        pa.array(ids, pa.string())
-    )
-    return set(_column(f"{store_root}/{TABLE_OF[PREFERENCES]}", "preference_id", wanted))
+    wanted = (pc.field("type") == PreferenceRetracted.__name__) & _is_in("preference_id", ids)
+    return set(read(store_root, PREFERENCES, columns=["preference_id"], wanted=wanted)["preference_id"].to_pylist())
 
 
-def _found(uri: str, ids: list[str]) -> list[str]:
-    return _column(uri, "event_id", pc.field("event_id").isin(pa.array(ids, pa.string())))
-
-
-def _column(uri: str, name: str, wanted: Any) -> list[str]:
-    if not DeltaTable.is_deltatable(uri):
-        return []
-    found: list[str] = DeltaTable(uri).to_pyarrow_dataset().to_table(columns=[name], filter=wanted)[name].to_pylist()
-    return found
+def _is_in(column: str, ids: list[str]) -> Any:
+    return pc.field(column).isin(pa.array(ids, pa.string()))
 
 
 def revived(dead: Letter) -> AnyEvent:

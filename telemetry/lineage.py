@@ -6,17 +6,14 @@ base is no version of the store: every line ends there.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import pyarrow.compute as pc  # type: ignore[import-untyped]
-from deltalake import DeltaTable
 
 from telemetry.events import PREFERENCES, VERSIONS, BatchTrained, PreferenceRecorded, ReleaseChanged, VersionPublished
-from telemetry.rows import TABLE_OF
+from telemetry.store import read
 
 
 class Published(msgspec.Struct, frozen=True):
@@ -50,7 +47,7 @@ class Learned(msgspec.Struct, frozen=True):
 
 
 class NotRecorded(LookupError):
-    """The store holds nothing of that name; is its recorder behind (`tiebreak status`)?"""
+    """the store holds nothing of that name: `tiebreak releases list` and a verdict's receipt name what there is"""
 
     def __str__(self) -> str:
         return f"{self.args[0]}: {self.__doc__}"
@@ -62,7 +59,7 @@ class Lineages:
     def __init__(self, store_root: str | Path) -> None:
         """Raises NotRecorded where there is no store yet."""
         self._root = str(store_root)
-        rows = list(self._rows(VERSIONS, None))
+        rows = read(store_root, VERSIONS).to_pylist()
         if not rows:
             raise NotRecorded(f"versions in {store_root}")
         self._batches = [row for row in rows if row["type"] == BatchTrained.__name__]
@@ -90,7 +87,7 @@ class Lineages:
 
     def verdict(self, preference_id: str) -> Learned:
         """What became of one verdict. Raises NotRecorded."""
-        rows = list(self._rows(PREFERENCES, pc.field("preference_id") == preference_id))
+        rows = read(self._root, PREFERENCES, wanted=pc.field("preference_id") == preference_id).to_pylist()
         verdict = next((row for row in rows if row["type"] == PreferenceRecorded.__name__), None)
         if verdict is None:
             raise NotRecorded(preference_id)
@@ -114,11 +111,6 @@ class Lineages:
                 if name == preference_id:
                     return reason
         return ""
-
-    def _rows(self, topic: str, wanted: Any) -> Iterator[dict[str, Any]]:
-        uri = f"{self._root}/{TABLE_OF[topic]}"
-        if DeltaTable.is_deltatable(uri):
-            yield from DeltaTable(uri).to_pyarrow_dataset().to_table(filter=wanted).to_pylist()
 
 
 class _Dropped(msgspec.Struct):

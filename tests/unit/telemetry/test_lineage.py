@@ -64,6 +64,7 @@ def test_a_version_knows_its_own_verdicts_and_its_forebears(root: Path) -> None:
         (ONE, examples.BASE, ("canary", "stable")),
     ]
     assert document(str(root), THREE)["preference_ids"] == []
+    assert document(str(root), examples.BASE) == {"version": examples.BASE, "preference_ids": [], "ancestry": []}
 
 
 def test_a_verdict_names_its_steps_and_every_version_that_knows_it(root: Path) -> None:
@@ -82,7 +83,7 @@ def test_a_verdict_that_no_step_used_says_why(root: Path) -> None:
 
 def test_what_the_store_does_not_hold_is_said(root: Path, tmp_path: Path) -> None:
     lineages = Lineages(root)
-    with pytest.raises(NotRecorded, match="v000009-00000000: The store holds nothing"):
+    with pytest.raises(NotRecorded, match="v000009-00000000: the store holds nothing"):
         lineages.ancestry("v000009-00000000")
     with pytest.raises(NotRecorded):
         lineages.verdict("no-such-verdict")
