@@ -108,7 +108,7 @@ def _sentence(text: str) -> str:
 
 
 def _add_releases(releases: argparse.ArgumentParser, shared: argparse.ArgumentParser) -> None:
-    actions = releases.add_subparsers(title="actions", metavar="ACTION", required=True, dest="action")
+    actions = releases.add_subparsers(title="actions", metavar="list|promote|rollback", required=True, dest="action")
     text = "show the channels of every variant, and the latest changes with their reasons"
     actions.add_parser("list", parents=[shared], help=text, description=_sentence(text))
     for name, text in (
@@ -122,7 +122,7 @@ def _add_releases(releases: argparse.ArgumentParser, shared: argparse.ArgumentPa
 
 
 def _add_dlq(dlq: argparse.ArgumentParser, shared: argparse.ArgumentParser) -> None:
-    actions = dlq.add_subparsers(title="actions", metavar="ACTION", required=True, dest="action")
+    actions = dlq.add_subparsers(title="actions", metavar="list|show|replay", required=True, dest="action")
     for name, text in (
         ("list", "show every dead letter: where it lay, why it could not be read, what can be done"),
         ("show", "write one dead letter's entry as it is to standard output"),

@@ -41,8 +41,8 @@ def show_status(found: Overview, console: Console) -> None:
     console.print(processes)
     if found.variants:
         console.print(channels(found.variants))
-    numbers = {**{f"stored {table}": float(rows) for table, rows in found.stored.items()}, **found.numbers}
-    console.print("  ".join(f"{name} {value:g}" for name, value in numbers.items()))
+    for title, numbers in (("events stored", found.stored), ("counted since the start", found.numbers)):
+        console.print(f"{title}: " + ", ".join(f"{name} {value:g}" for name, value in numbers.items()))
     if found.unreachable:
         console.print(f"[yellow]no answer from: {', '.join(found.unreachable)}[/]")
 
