@@ -10,9 +10,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from telemetry.lineage import Lineages, Published
-from telemetry.manifest import VERSION_PATTERN
-
-BASE = "v000000-"  # how the names of base models begin
+from telemetry.manifest import VERSION_PATTERN, is_base
 
 
 def document(store: str, name: str) -> dict[str, Any]:
@@ -20,7 +18,7 @@ def document(store: str, name: str) -> dict[str, Any]:
     lineages = Lineages(store)
     if not VERSION_PATTERN.match(name):
         return {"verdict": msgspec.to_builtins(lineages.verdict(name))}
-    line = [] if name.startswith(BASE) else lineages.ancestry(name)
+    line = [] if is_base(name) else lineages.ancestry(name)
     return {
         "version": name,
         "preference_ids": [each for version in reversed(line) for each in version.preference_ids],
@@ -31,7 +29,7 @@ def document(store: str, name: str) -> dict[str, Any]:
 def show(store: str, name: str, console: Console) -> None:
     """``document`` for people."""
     lineages = Lineages(store)
-    if name.startswith(BASE):
+    if is_base(name):
         console.print(f"{name} is a base model: it has no forebears here, and no verdicts")
     elif VERSION_PATTERN.match(name):
         _show_version(lineages.ancestry(name), console)

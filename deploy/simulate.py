@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from deploy.api import Answer, Api, ApiError
 from deploy.personas import EVALUATION_PROMPTS, PERSONAS, TRAINING_PROMPTS, choose
 from deploy.view import console
+from telemetry.manifest import is_base
 
 MAX_TOKENS = 48
 ANSWER_TIMEOUT_S = 120.0
@@ -181,7 +182,7 @@ async def simulate(url: str, persona: str, wanted: int, *, users: int, seed: int
         f"{result.version} against base on {len(EVALUATION_PROMPTS)} new prompts: {result.wins} won, "
         f"{result.losses} lost, {result.ties} tied, win rate {result.win_rate:.2f}"
     )
-    if result.version.startswith("v000000-"):
+    if is_base(result.version):
         out.print(
             "stable is the base itself still: no version has won its place yet (`tiebreak releases list` says why)"
         )

@@ -61,6 +61,11 @@ def base_version(base_digest: str) -> str:
     return version_name(0, base_digest)
 
 
+def is_base(version: str) -> bool:
+    """Whether ``version`` is a base itself."""
+    return version.startswith(base_version(""))
+
+
 def file_digest(path: Path) -> str:
     """SHA-256 (hex) of a file's bytes."""
     with path.open("rb") as file:

@@ -389,8 +389,10 @@ async def test_a_full_base_refuses_before_any_work(
         assert [key async for key in stack.redis.scan_iter("tiebreak:pair-cap:*")] == []
         status, body, _ = await stack.ask(model="chat@stable")
         assert (status, body["error"]["code"]) == (503, "overloaded")
+        async with stack.http.post("/v1/chat/completions", data=b"no JSON") as unread:
+            assert unread.status == 503, "what is asked is not even read"
         assert (await served)[0] == 200
         [event] = await stack.events(CompletionServed, expected=1)
         assert event.error == ""
-        assert await stack.metric("tiebreak_requests_total", code="503") == refused + 2
+        assert await stack.metric("tiebreak_requests_total", code="503") == refused + 3
         assert await stack.metric("tiebreak_requests_in_flight") == 0

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncGenerator
+from typing import Any
+
+import pytest
+
 from router.arms import Arm
-from router.generation import sampling_of
+from router.backends import _headers
+from router.exchange import Answer
+from router.generation import Call, grow, sampling_of
 from router.schema import ChatRequest, decode
-from serving.wire import Sampling
+from serving.wire import GATHER_HEADER, Chunk, GenerateRequest, Sampling
 
 ARM = Arm("chat-main", "tiny", "v000001-aaaaaaaa", "stable", temperature=0.8, top_p=0.95)
 ASKED = (
@@ -35,3 +42,27 @@ def test_every_wish_of_the_client_reaches_the_replica() -> None:
 def test_what_the_client_does_not_say_is_the_variants_default() -> None:
     body = decode(b'{"model": "chat", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 9}', ChatRequest)
     assert sampling_of(body, ARM) == Sampling(max_tokens=9, temperature=0.8, top_p=0.95)
+
+
+class Pool:
+    """Answers at once, and remembers how it was asked."""
+
+    def __init__(self) -> None:
+        self.read_along: list[bool] = []
+
+    async def generate(
+        self, base: str, request: GenerateRequest, *, is_read_along: bool
+    ) -> AsyncGenerator[list[Chunk]]:
+        self.read_along.append(is_read_along)
+        yield [Chunk(0, ARM.version, finish_reason="stop")]
+
+
+@pytest.mark.parametrize("is_stream", [True, False])
+async def test_a_replica_is_told_to_gather_what_no_client_reads_along(is_stream: bool) -> None:
+    sampling = Sampling(max_tokens=1)
+    request = GenerateRequest("r", ARM.version, (), sampling)
+    pool: Any = Pool()
+    async for _ in grow(pool, [Call("tiny", request, (Answer("c", ARM, sampling, 0.0),), is_stream)]):
+        pass
+    assert pool.read_along == [is_stream]
+    assert (GATHER_HEADER.encode() in _headers(request, pool.read_along[0])) is not is_stream
