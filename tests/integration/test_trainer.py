@@ -119,6 +119,16 @@ def test_verdicts_become_a_signed_version_that_knows_them(bench: Bench) -> None:
     assert any(tensor.any() for name, tensor in bench.store.read(version.version).items() if "lora_B" in name)
 
 
+def test_a_verdict_in_another_topic_teaches_nothing(bench: Bench) -> None:
+    """For the recorder it is a dead letter; learned from here, its replay would count twice."""
+    bench.log.append(VERSIONS, "k", encode(verdict(1))).result()
+    given = [verdict(n) for n in range(2, 6)]
+    bench.append(*given)
+    bench.turn()
+    intake = bench.trainer._state().intake
+    assert {each.preference_id for each in (*intake.pending, *intake.replay)} == {each.event_id for each in given}
+
+
 def test_a_few_verdicts_wait_for_more_and_then_are_trained_on_all_the_same(
     telemetry_config: TelemetryConfig, tiny_model: Path
 ) -> None:

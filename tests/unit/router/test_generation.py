@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import AsyncGenerator
 from typing import Any
 
 import pytest
 
-from router.arms import Arm
+from router.arms import Arm, Arms
 from router.backends import _headers
-from router.exchange import Answer
-from router.generation import Call, grow, sampling_of
+from router.exchange import Answer, Exchange
+from router.generation import Call, grow, plan_calls, sampling_of
 from router.schema import ChatRequest, decode
 from serving.wire import GATHER_HEADER, Chunk, GenerateRequest, Sampling
 
@@ -42,6 +43,16 @@ def test_every_wish_of_the_client_reaches_the_replica() -> None:
 def test_what_the_client_does_not_say_is_the_variants_default() -> None:
     body = decode(b'{"model": "chat", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 9}', ChatRequest)
     assert sampling_of(body, ARM) == Sampling(max_tokens=9, temperature=0.8, top_p=0.95)
+
+
+@pytest.mark.parametrize("is_stream", [True, False])
+def test_whether_a_client_reads_along_is_what_it_asked_for(is_stream: bool) -> None:
+    body = decode(ASKED.replace(b'"seed"', b'"stream": %b, "seed"' % str(is_stream).lower().encode()), ChatRequest)
+    exchange = Exchange(
+        request=body, request_id="r", id="c", created=0, policy="chat", user="", caller="", prompt=(), propensity=1.0
+    )
+    [call] = plan_calls(exchange, Arms((ARM,), 1.0), random.Random(0), 5.0, "")
+    assert call.is_read_along is is_stream
 
 
 class Pool:
