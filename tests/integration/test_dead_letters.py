@@ -2,31 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from deploy.dlq import judged, replay_some, show_one
-from telemetry.config import TelemetryConfig, open_log
+from telemetry.config import TelemetryConfig
 from telemetry.dead_letters import LetterUnknown, letters
 from telemetry.event_log import EventLog
 from telemetry.events import PAIRS, PREFERENCES, encode
 from telemetry.store import counts
 from tests import examples
 from tests.integration.recording import RecorderProcess, append, stored_ids, wait_for
-
-
-@pytest.fixture(params=["redis", "kafka"])
-def config(request: pytest.FixtureRequest) -> TelemetryConfig:
-    found: TelemetryConfig = request.getfixturevalue("telemetry_config" if request.param == "redis" else "kafka_config")
-    return found
-
-
-@pytest.fixture
-def log(config: TelemetryConfig) -> Iterator[EventLog]:
-    log = open_log(config)
-    yield log
-    log.close()
 
 
 def states(config: TelemetryConfig) -> dict[bytes, str]:

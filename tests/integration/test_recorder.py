@@ -23,20 +23,6 @@ from tests.integration.recording import RecorderProcess, append, stored_ids, wai
 from tests.servers import RedisServer
 
 
-@pytest.fixture(params=["redis", "kafka"])
-def config(request: pytest.FixtureRequest) -> TelemetryConfig:
-    name = "telemetry_config" if request.param == "redis" else "kafka_config"
-    config: TelemetryConfig = request.getfixturevalue(name)
-    return config
-
-
-@pytest.fixture
-def log(config: TelemetryConfig) -> Iterator[EventLog]:
-    log = open_log(config)
-    yield log
-    log.close()
-
-
 @pytest.fixture
 def client(config: TelemetryConfig) -> Iterator[redis.Redis]:
     client = redis_client(config)
