@@ -24,6 +24,7 @@ Your users break the tie; your model learns from it within seconds.
   tiebreak releases list               what is stable, what is on trial, what happened and why
   tiebreak export --out pairs.jsonl    every verdict as a row that TRL trains on
   tiebreak lineage VERSION|VERDICT     what a version learned from; where a verdict went
+  tiebreak audit list | verify         who read, exported, changed or deleted what
   tiebreak dlq list                    log entries that could not be read, and whether they can be now
   tiebreak doctor                      is this machine fit, and if not, the mend
 """
@@ -84,6 +85,8 @@ def parser() -> argparse.ArgumentParser:
     lineage.add_argument("name", help="a version (v000012-1a2b3c4d), or a preference's id")
     lineage.add_argument("--json", action="store_true", help="one JSON document instead of a table")
     _add_dlq(command("dlq", _dlq, "list, show or replay entries of the event log that could not be read", ()), shared)
+    text = "show who read, exported, changed or deleted what, or prove that trail whole"
+    _add_audit(command("audit", _audit, text, ()), shared)
     doctor = command(
         "doctor", _doctor, "check this machine, with a mend for every failure; exit 1 if a stack cannot start"
     )
@@ -134,6 +137,15 @@ def _add_dlq(dlq: argparse.ArgumentParser, shared: argparse.ArgumentParser) -> N
             action.add_argument(
                 "ids", nargs="*" if every else 1, metavar="ID", help=f"as `list` shows it, or its beginning{every}"
             )
+
+
+def _add_audit(audit: argparse.ArgumentParser, shared: argparse.ArgumentParser) -> None:
+    actions = audit.add_subparsers(title="actions", metavar="list|verify", required=True, dest="action")
+    text = "show every entry of the audit trail"
+    listing = actions.add_parser("list", parents=[shared], help=text, description=_sentence(text))
+    listing.add_argument("--json", action="store_true", help="one JSON document instead of a table")
+    text = "find any entry that was changed, removed or reordered; exit 1 if there is one"
+    actions.add_parser("verify", parents=[shared], help=text, description=_sentence(text))
 
 
 def _up(options: argparse.Namespace) -> int:
@@ -205,11 +217,31 @@ def _releases(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
+    from deploy import audit
     from deploy.export import export
+    from telemetry.config import open_sealer
+    from telemetry.event_log import LogUnavailable
+    from telemetry.store import trl_rows, verdicts
 
-    count = export(config.load(options.config, state=options.state).telemetry.store_root, options.out)
+    telemetry = config.load(options.config, state=options.state).telemetry
+    try:
+        audit.record(telemetry, "exported", "preferences", out=options.out)
+    except LogUnavailable as error:
+        print(f"tiebreak: nothing is exported that the audit trail does not know of: {error}", file=sys.stderr)
+        return 1
+    count = export(trl_rows(verdicts(telemetry.store_root, open_sealer(telemetry))), options.out)
     print(f"{count} preferences", file=sys.stderr)
     return 0
+
+
+def _audit(options: argparse.Namespace) -> int:
+    from deploy import audit
+    from deploy.view import console
+
+    telemetry = config.load(options.config, state=options.state).telemetry
+    if options.action == "verify":
+        return audit.verify(telemetry)
+    return audit.show(telemetry, console(), as_json=options.json)
 
 
 def _lineage(options: argparse.Namespace) -> int:

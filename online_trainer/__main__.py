@@ -17,7 +17,7 @@ from online_trainer.policy import Policy, load_model
 from online_trainer.publish import VersionStore
 from online_trainer.trainer import Trainer
 from telemetry import logs, metrics, tracing
-from telemetry.config import TelemetryConfig, open_log
+from telemetry.config import TelemetryConfig, open_log, open_sealer
 from telemetry.configuration import InvalidConfiguration, read_table
 from telemetry.event_log import PositionLost
 from telemetry.manifest import base_digest
@@ -58,6 +58,7 @@ def serve(telemetry: TelemetryConfig, config: TrainerConfig, stop: threading.Eve
         VersionStore(state / "versions", config, signing_key(state)),
         folder=state / "trainer" / config.variant,
         base_digest=base_digest(Path(config.model)),
+        sealer=open_sealer(telemetry),
     )
     url = f"http://127.0.0.1:{metrics.expose(config.metrics_port)}/metrics"
     try:

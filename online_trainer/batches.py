@@ -7,6 +7,7 @@ Only positions that predict a completion's tokens get logits. B pairs, T tokens,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -79,6 +80,19 @@ def completion_tokens(tokenizer: Tokenizer, completion: Completion, limit: int) 
     if is_ended and tokenizer.eos_token_id is not None:
         ids = [*ids, tokenizer.eos_token_id]
     return tuple(ids[:limit])
+
+
+def served_reference(
+    tokenizer: Tokenizer, completion: Completion, tokens: Sequence[int], base_version: str
+) -> float | None:
+    """The sum of the base's log-probs of ``tokens`` as serving computed them; None where it did not, or of others."""
+    ids = completion.token_ids
+    if len(completion.reference_logps) > len(ids) and tokenizer.eos_token_id is not None:
+        ids = (*ids, tokenizer.eos_token_id)
+    is_of_these = len(completion.reference_logps) == len(ids) and tuple(tokens) == ids[: len(tokens)]
+    if completion.reference != base_version or not is_of_these:
+        return None
+    return math.fsum(completion.reference_logps[: len(tokens)])
 
 
 def pack(pairs: Sequence[PairTokens]) -> Rows:

@@ -88,6 +88,8 @@ class TrainerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     # Longer prompts lose their beginning, longer answers their end.
     max_prompt_tokens: int = 512
     max_completion_tokens: int = 256
+    # Take the base's log-probs that came with a verdict, where serving was idle long enough to compute them.
+    uses_served_reference: bool = True
     # Tokens of one forward and backward pass; memory grows with it.
     micro_batch_tokens: int = 1024
 

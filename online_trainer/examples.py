@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from online_trainer.batches import PairTokens, completion_tokens, micro_batches, prompt_tokens
+from online_trainer.batches import PairTokens, completion_tokens, micro_batches, prompt_tokens, served_reference
 from online_trainer.config import TrainerConfig
 from online_trainer.ingest import Verdict
 from online_trainer.learner import Example
@@ -14,20 +14,33 @@ from online_trainer.policy import Policy
 class Examples:
     """A cache from preference id to example."""
 
-    def __init__(self, policy: Policy, config: TrainerConfig) -> None:
-        self._policy, self._config = policy, config
+    def __init__(self, policy: Policy, config: TrainerConfig, base_version: str) -> None:
+        self._policy, self._config, self._base_version = policy, config, base_version
         self._known: dict[str, Example] = {}
 
     def of(self, verdicts: Sequence[Verdict]) -> list[Example]:
         """The examples of ``verdicts``, in their order."""
         missing = [verdict for verdict in verdicts if verdict.preference_id not in self._known]
         pairs = [self._tokens(verdict) for verdict in missing]
-        for group in micro_batches([pair.total for pair in pairs], self._config.micro_batch_tokens):
-            encoded = self._policy.encode([pairs[index] for index in group])
-            for index, pair in zip(group, encoded, strict=True):
-                name = missing[index].preference_id
-                self._known[name] = Example(name, pair)
+        references = [self._reference(verdict, pair) for verdict, pair in zip(missing, pairs, strict=True)]
+        for is_given in (True, False):  # apart: whoever lacks a reference goes through the upper layers, too
+            wanted = [index for index, reference in enumerate(references) if (reference is not None) is is_given]
+            for group in micro_batches([pairs[index].total for index in wanted], self._config.micro_batch_tokens):
+                self._encode([wanted[place] for place in group], missing, pairs, references)
         return [self._known[verdict.preference_id] for verdict in verdicts]
+
+    def _encode(
+        self,
+        indices: list[int],
+        verdicts: Sequence[Verdict],
+        pairs: Sequence[PairTokens],
+        references: Sequence[tuple[float, float] | None],
+    ) -> None:
+        given = [reference for index in indices if (reference := references[index]) is not None]
+        encoded = self._policy.encode([pairs[index] for index in indices], given or None)
+        for index, pair in zip(indices, encoded, strict=True):
+            name = verdicts[index].preference_id
+            self._known[name] = Example(name, pair)
 
     def keep(self, preference_ids: Collection[str]) -> None:
         """Forget every other example."""
@@ -40,3 +53,13 @@ class Examples:
             completion_tokens(tokenizer, verdict.chosen, config.max_completion_tokens),
             completion_tokens(tokenizer, verdict.rejected, config.max_completion_tokens),
         )
+
+    def _reference(self, verdict: Verdict, pair: PairTokens) -> tuple[float, float] | None:
+        """What serving computed, for the whole prompt; None where it did not."""
+        if not self._config.uses_served_reference or len(pair.prompt) >= self._config.max_prompt_tokens:
+            return None
+        sides = ((verdict.chosen, pair.chosen), (verdict.rejected, pair.rejected))
+        chosen, rejected = (
+            served_reference(self._policy.tokenizer, side, tokens, self._base_version) for side, tokens in sides
+        )
+        return None if chosen is None or rejected is None else (chosen, rejected)

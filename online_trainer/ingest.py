@@ -7,16 +7,19 @@ goes into the checkpoint, offsets included, so a restarted trainer goes on exact
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from datetime import datetime
 from typing import Literal
 
 import msgspec
 
 from telemetry.event_log import Entry, Offsets
-from telemetry.events import Completion, Message, PreferenceRecorded, PreferenceRetracted
+from telemetry.events import Completion, Message, PreferenceRecorded, PreferenceRetracted, Sealed
+from telemetry.people import Forgotten
+from telemetry.sealing import Sealer, Shape, bare
 
-Reason = Literal["no_preference", "identical", "empty", "unsafe", "held_out", "retracted", "refused"]
+Reason = Literal["no_preference", "identical", "empty", "unsafe", "held_out", "retracted", "refused", "erased"]
+TEXTS = Shape(("chosen", "rejected"))  # of a verdict
 MAX_TRIES = 2  # a verdict that was in two refused lineages may be what is wrong with them
 SEEN_IDS = 5_000  # deduplication reaches back this far; a router's outbox replays seconds, not days
 
@@ -34,6 +37,8 @@ class Verdict(msgspec.Struct, frozen=True):
     trace: tuple[str, str] = ("", "")  # (trace_id, span_id)
     tries: int = 0  # steps that were taken on it as a new verdict; more than one only where weights were refused
     passes: int = 0  # steps that it took part in since
+    is_private: bool = False  # the log has it sealed
+    sealed: Sealed | None = None  # as it lies in a checkpoint: prompt and the sides' words, which then are empty
 
 
 class IntakeState(msgspec.Struct, frozen=True):
@@ -45,6 +50,48 @@ class IntakeState(msgspec.Struct, frozen=True):
     heldout: tuple[Verdict, ...] = ()  # never trained on, oldest first, bounded
     dropped: tuple[tuple[str, str], ...] = ()  # (preference_id, reason), not yet told
     seen: tuple[str, ...] = ()  # preference ids, oldest first, bounded
+
+
+def sealed(state: IntakeState, sealer: Sealer) -> IntakeState:
+    """``state`` as it may lie on disk; of those whose key is gone nothing but the bare verdict is left."""
+
+    def each(verdict: Verdict) -> Verdict:
+        if not verdict.is_private:
+            return verdict
+        try:
+            found: Verdict = sealer.seal_record(verdict, TEXTS, name=verdict.preference_id)
+        except Forgotten:
+            found = bare(verdict, TEXTS)
+        return found
+
+    return msgspec.structs.replace(
+        state,
+        pending=tuple(map(each, state.pending)),
+        replay=tuple(map(each, state.replay)),
+        heldout=tuple(map(each, state.heldout)),
+    )
+
+
+def opened(state: IntakeState, sealer: Sealer) -> IntakeState:
+    """The inverse of ``sealed``, without the verdicts of people who are forgotten; those that waited are dropped."""
+    dropped = list(state.dropped)
+
+    def readable(verdicts: Iterable[Verdict], *, waiting: bool = False) -> Iterator[Verdict]:
+        for verdict in verdicts:
+            try:
+                yield sealer.open_record(verdict, TEXTS, name=verdict.preference_id)
+            except Forgotten:
+                if waiting:
+                    dropped.append((verdict.preference_id, "erased"))
+
+    pending = tuple(readable(state.pending, waiting=True))
+    return msgspec.structs.replace(
+        state,
+        pending=pending,
+        replay=tuple(readable(state.replay)),
+        heldout=tuple(readable(state.heldout)),
+        dropped=tuple(dropped),
+    )
 
 
 def prompt_digest(prompt: Iterable[Message]) -> bytes:
@@ -120,18 +167,33 @@ class Intake:
         position = entry.position
         self.offsets.setdefault(position.topic, {})[position.partition] = position.offset + 1
 
-    def record(self, event: PreferenceRecorded) -> None:
-        """A verdict: to be trained on, held out, or dropped with a reason. One seen before changes nothing."""
+    def record(self, event: PreferenceRecorded, *, is_private: bool = False) -> None:
+        """A verdict: to be trained on, held out, or dropped with a reason. One seen before changes nothing.
+
+        ``is_private``: it was sealed.
+        """
         if (self._policy and event.policy != self._policy) or event.event_id in self._seen:
             return
         self._see(event.event_id)
         reason = reason_to_drop(event, self._heldout_ratio)
         if reason is None:
-            self.pending.append(_verdict(event))
+            self.pending.append(_verdict(event, is_private=is_private))
             return
         self.dropped.append((event.event_id, reason))
         if reason == "held_out":
-            self.heldout = [*self.heldout, _verdict(event)][-self._heldout_window :]
+            self.heldout = [*self.heldout, _verdict(event, is_private=is_private)][-self._heldout_window :]
+
+    def unreadable(self, event: PreferenceRecorded) -> None:
+        """A verdict of a person who is forgotten: dropped. One seen before changes nothing."""
+        if (not self._policy or event.policy == self._policy) and event.event_id not in self._seen:
+            self._see(event.event_id)
+            self.dropped.append((event.event_id, "erased"))
+
+    def erase(self, user: str) -> None:
+        """A person is forgotten: nothing of theirs is used any more."""
+        self.dropped += [(verdict.preference_id, "erased") for verdict in self.pending if verdict.user == user]
+        for verdicts in (self.pending, self.replay, self.heldout):
+            verdicts[:] = [verdict for verdict in verdicts if verdict.user != user]
 
     def retract(self, event: PreferenceRetracted) -> None:
         """Take a verdict back: never trained on if it still waits or is yet to come, and never again if it was.
@@ -190,7 +252,7 @@ def _passed(verdict: Verdict) -> Verdict:
     return msgspec.structs.replace(verdict, passes=verdict.passes + 1)
 
 
-def _verdict(event: PreferenceRecorded) -> Verdict:
+def _verdict(event: PreferenceRecorded, *, is_private: bool) -> Verdict:
     return Verdict(
         preference_id=event.event_id,
         pair_id=event.pair_id,
@@ -200,4 +262,5 @@ def _verdict(event: PreferenceRecorded) -> Verdict:
         chosen=event.chosen,
         rejected=event.rejected,
         trace=(event.trace_id, event.span_id),
+        is_private=is_private,
     )

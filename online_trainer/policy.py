@@ -173,14 +173,21 @@ class Policy:
         logits_MV: Tensor = self._head(out_BTD.flatten(0, 1)[rows.source_M])
         return logits_MV
 
-    def encode(self, pairs: Sequence[PairTokens]) -> list[Encoded]:
-        """Run ``pairs`` through the lower layers and the reference, once and for all."""
+    def encode(
+        self, pairs: Sequence[PairTokens], references: Sequence[tuple[float, float]] | None = None
+    ) -> list[Encoded]:
+        """Run ``pairs`` through the lower layers once and for all, and through the reference unless that is given.
+
+        ``references``: the sums of the reference's log-probs over each pair's chosen and rejected tokens.
+        """
         rows = pack(pairs).to(self.device)
         hidden_BTD = self.lower(rows)
-        with torch.no_grad(), self.as_reference():
-            chosen_B, rejected_B = pair_logps(rows, self.upper(rows, hidden_BTD))
-        columns = zip(pairs, hidden_BTD, chosen_B.tolist(), rejected_B.tolist(), strict=True)
-        return [Encoded(pair, hidden_TD[: pair.total].clone(), c, r) for pair, hidden_TD, c, r in columns]
+        if references is None:
+            with torch.no_grad(), self.as_reference():
+                chosen_B, rejected_B = pair_logps(rows, self.upper(rows, hidden_BTD))
+            references = list(zip(chosen_B.tolist(), rejected_B.tolist(), strict=True))
+        columns = zip(pairs, hidden_BTD, references, strict=True)
+        return [Encoded(pair, hidden_TD[: pair.total].clone(), *reference) for pair, hidden_TD, reference in columns]
 
     def logps(self, pairs: Sequence[Encoded]) -> tuple[PairLogps, PairLogps, PairLogps]:
         """(policy's, reference's, lengths) of encoded ``pairs``; the policy's carry gradients."""

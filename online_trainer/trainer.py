@@ -21,7 +21,7 @@ from online_trainer.checkpoint import TrainerState
 from online_trainer.config import TrainerConfig
 from online_trainer.errors import IncompatibleAdapter, InvalidCheckpoint
 from online_trainer.examples import Examples
-from online_trainer.ingest import Intake, IntakeState, Verdict, capped
+from online_trainer.ingest import Intake, IntakeState, Verdict, capped, opened, sealed
 from online_trainer.learner import Learner
 from online_trainer.lineage import Lineage
 from online_trainer.policy import Policy
@@ -35,6 +35,7 @@ from telemetry.events import (
     AnyEvent,
     BatchTrained,
     InvalidEvent,
+    PersonErased,
     PreferenceRecorded,
     PreferenceRetracted,
     ReleaseChanged,
@@ -45,6 +46,8 @@ from telemetry.events import (
     utc_now,
 )
 from telemetry.manifest import UntrustedVersion, base_version
+from telemetry.people import Forgotten
+from telemetry.sealing import Sealer
 
 log = logging.getLogger("online_trainer")
 
@@ -68,11 +71,12 @@ class Trainer:
         *,
         folder: Path,
         base_digest: str,
+        sealer: Sealer,
         now: Callable[[], datetime] = utc_now,
     ) -> None:
         self._config, self._policy, self._log, self._store = config, policy, event_log, store
-        self._folder, self._base_digest, self._now = folder, base_digest, now
-        self._examples = Examples(policy, config)
+        self._folder, self._base_digest, self._sealer, self._now = folder, base_digest, sealer, now
+        self._examples = Examples(policy, config, base_version(base_digest))
         self._prompts = evaluate.probe_prompts(policy, config.probes, config.max_prompt_tokens)
         drift, self._base_metrics = evaluate.base_yardsticks(
             policy, self._prompts, tokens=config.probe_tokens, seed=config.seed
@@ -84,7 +88,7 @@ class Trainer:
 
         found = checkpoint.load_newest(folder)
         self._number, state, tensors = found or (0, self._fresh(), {})
-        self._intake = _intake(config, state.intake)
+        self._intake = _intake(config, opened(state.intake, sealer))
         self._lineage, self._untold, self._learner.step = state.lineage, list(state.untold), state.step
         if found:
             self._resume(state, tensors)
@@ -143,7 +147,13 @@ class Trainer:
     def _handle(self, event: AnyEvent) -> None:
         match event:
             case PreferenceRecorded():
-                self._intake.record(event)
+                try:
+                    self._intake.record(self._sealer.open(event), is_private=event.sealed is not None)
+                except Forgotten:
+                    self._intake.unreadable(event)
+            case PersonErased():
+                self._intake.erase(event.user)
+                self._examples.keep(self._intake.usable_ids())
             case PreferenceRetracted():
                 self._intake.retract(event)
             case ReleaseChanged() if event.variant == self._config.variant and event.state in RESETTING:
@@ -338,7 +348,7 @@ class Trainer:
             base_digest=self._base_digest,
             step=self._learner.step,
             lineage=self._lineage,
-            intake=self._intake.state(),
+            intake=sealed(self._intake.state(), self._sealer),
             untold=tuple(self._untold),
         )
 
@@ -355,7 +365,7 @@ class Trainer:
         except IncompatibleAdapter as error:
             raise InvalidCheckpoint(f"{self._folder}: {error}; restore the settings or move it away") from error
         checkpoint.load_optimizer(self._learner.optimizer, tensors)
-        self._oldest_drop_at = self._now() if state.intake.dropped else None
+        self._oldest_drop_at = self._now() if self._intake.dropped else None
         self._announce_unannounced()
 
     def _announce_unannounced(self) -> None:

@@ -109,6 +109,14 @@ def _versions_of(replica: Replica, wanted: Mapping[tuple[str, str], list[str]]) 
     )
 
 
+def checked_version(version: str) -> str:
+    """A version's name. Raises InvalidRequest."""
+    if not VERSION_PATTERN.fullmatch(version):
+        message = "This is no version name; GET /admin/releases lists them."
+        raise InvalidRequest(message, param="version", code="invalid_value")
+    return version
+
+
 class ReleaseDesk:
     """Reads the history and takes orders."""
 
@@ -125,9 +133,6 @@ class ReleaseDesk:
 
     async def order(self, command: Command, version: str, body: ReleaseOrder, actor: str) -> Order:
         """Queue an order; the controller decides."""
-        if not VERSION_PATTERN.fullmatch(version):
-            message = "This is no version name; GET /admin/releases lists them."
-            raise InvalidRequest(message, param="version", code="invalid_value")
         order = Order(command, version, actor or "operator", body.force, body.reason)
         try:
             await cast(Any, self._redis.rpush(COMMANDS_KEY, msgspec.json.encode(order)))

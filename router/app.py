@@ -16,10 +16,11 @@ from starlette.responses import HTMLResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from router import docs
-from router.admin import Command, HeldVersions, Order, Releases, held_versions
+from router.admin import Command, HeldVersions, Order, Releases, checked_version, held_versions
 from router.admission import OPEN_CALLER, Caller
 from router.assets import page
 from router.config import RouterConfig
+from router.erasure import Erasure
 from router.errors import NotFound, Unavailable
 from router.feedback import record_feedback
 from router.http import EXCEPTION_HANDLERS, Edge, JsonResponse, read_body
@@ -91,10 +92,18 @@ async def read_consent(request: Request, caller: Caller) -> Response:
 async def write_consent(request: Request, caller: Caller) -> Response:
     body = decode(await read_body(request), Consent)
     here = services(request)
+    user = pseudonym(here.key, request.path_params["user"])
     try:
-        return JsonResponse(await here.book.write(pseudonym(here.key, request.path_params["user"]), body.pairing))
+        state = await here.book.write(user, body.pairing)
+        await here.ledger.audit(caller, "consent_changed", user, pairing=str(body.pairing).lower())
+        return JsonResponse(state)
     except (RedisError, OSError) as error:
         raise _consent_unavailable() from error
+
+
+async def erase_user(request: Request, caller: Caller) -> Response:
+    here = services(request)
+    return JsonResponse(await here.eraser.erase(pseudonym(here.key, request.path_params["user"]), caller))
 
 
 def _consent_unavailable() -> Unavailable:
@@ -156,8 +165,9 @@ async def rollback(request: Request, caller: Caller) -> Response:
 async def _order(request: Request, caller: Caller, command: Command) -> Response:
     body = await read_body(request)
     order = decode(body, ReleaseOrder) if body else ReleaseOrder()
-    desk = services(request).releases
-    return JsonResponse(await desk.order(command, request.path_params["version"], order, caller.name), 202)
+    here, version = services(request), checked_version(request.path_params["version"])
+    await here.ledger.audit(caller, f"{command}_ordered", version, reason=order.reason, force=str(order.force).lower())
+    return JsonResponse(await here.releases.order(command, version, order, caller.name), 202)
 
 
 async def openapi(request: Request, caller: Caller) -> Response:
@@ -225,6 +235,11 @@ ENDPOINTS: Final = (
     Endpoint(
         method="PUT", path="/v1/users/{user:path}/consent", handler=write_consent, role="inference", body=Consent,
         summary="Opt a user in to pairs, or out.", answers={200: ConsentState}, errors=(503,),
+    ),
+    Endpoint(
+        method="DELETE", path="/v1/users/{user:path}", handler=erase_user, role="admin",
+        summary="Forget a user: no text of theirs can be read any more. Names the versions that learned from them.",
+        answers={200: Erasure}, errors=(409, 503),
     ),
     Endpoint(
         method="GET", path="/v1/models", handler=models, role="inference",

@@ -29,7 +29,7 @@ from router.errors import (
 )
 from router.pressure import ConcurrencyLimit, refuse
 from router.tables import Tables
-from serving.wire import GATHER_HEADER, Chunk, GenerateRequest
+from serving.wire import GATHER_HEADER, Chunk, GenerateRequest, ScoreRequest, Scores
 from telemetry.metrics import CONCURRENCY_LIMIT, RESPONSE_ERRORS
 from telemetry.routing import Replica
 
@@ -41,6 +41,7 @@ TELL_EVERY_S = 1.0
 IMBALANCE = 4  # requests that the reader of a prompt's prefix may have in flight beyond another replica's
 _encoder = msgspec.json.Encoder()
 _decoder = msgspec.json.Decoder(Chunk)
+_scores = msgspec.json.Decoder(Scores)
 
 
 class _TryAnother(Exception):
@@ -93,10 +94,12 @@ class ReplicaPool:
         # (replica, version) → age of the table that was wrong, and when that was found
         self._stale: dict[tuple[str, str], tuple[float, float]] = {}
         self._client = DirectClient("/v1/generate", connect_s=CONNECT_S)
+        self._scoring = DirectClient("/v1/score", connect_s=CONNECT_S)
 
     def close(self) -> None:
         """Close every connection."""
         self._client.close()
+        self._scoring.close()
 
     def is_full(self, bases: Iterable[str]) -> bool:
         """Whether none of ``bases``, of which there is at least one, would take one more request."""
@@ -145,6 +148,26 @@ class ReplicaPool:
             finally:
                 limit.leave()
                 self._leave(replica.replica_id)
+
+    async def score(self, replica: Replica, request: ScoreRequest) -> Scores:
+        """What ``replica`` says of given answers when it is idle. Raises a RouterError; nothing is tried twice."""
+        try:
+            connection = await self._scoring.connect(replica.url)
+        except Unreachable as error:
+            raise _unreachable() from error
+        try:
+            connection.ask(b"", _encoder.encode(request), request.deadline_s + CONNECT_S)
+            if (status := await connection.status()) != 200:
+                raise Unavailable(f"The replica answered {status}.", code="not_scored")
+            return _scores.decode(await _rest(connection))
+        except TimeoutError as error:
+            raise DeadlineExceeded() from error
+        except ConnectionBroken as error:
+            raise _broken() from error
+        except msgspec.DecodeError as error:
+            raise UpstreamFailed() from error
+        finally:
+            connection.let_go()
 
     def _limit(self, base: str) -> ConcurrencyLimit:
         if base not in self._limits:

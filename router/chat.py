@@ -31,6 +31,7 @@ from router.http import EventStream, JsonResponse, gone_away, read_body
 from router.ledger import Ledger
 from router.pairs import Ticket, pseudonym, sign_ticket
 from router.pressure import refuse
+from router.reference import References
 from router.schema import ChatLimits, ChatRequest, PairOffer, checked, decode
 from router.stream import DONE, ChatStream, event
 from router.tables import Tables
@@ -65,6 +66,7 @@ class Chat:
         pool: ReplicaPool,
         book: ConsentBook,
         ledger: Ledger,
+        references: References,
         draw: random.Random,
     ) -> None:
         self._settings = settings
@@ -73,6 +75,7 @@ class Chat:
         self._pool = pool
         self._book = book
         self._ledger = ledger
+        self._references = references
         self._draw = draw
 
     async def __call__(self, request: Request, caller: Caller) -> Response:
@@ -186,7 +189,7 @@ class Chat:
                 async for _ in growing:
                     pass
             self._drop_lost_sides(exchange)
-            if exchange.is_pair and not await self._ledger.remember_pair(exchange):
+            if exchange.is_pair and not await self._remember(exchange):
                 exchange.keep_only(exchange.shown[0])
         finally:
             self._close(exchange)
@@ -215,6 +218,13 @@ class Chat:
                 visit.end(CLIENT_CLOSED, None)
 
         return EventStream(self._events(exchange, begun, growing), headers=exchange.headers(), on_close=close)
+
+    async def _remember(self, exchange: Exchange) -> bool:
+        """Make the whole pair one that can be judged; False when that failed."""
+        if not await self._ledger.remember_pair(exchange):
+            return False
+        self._references.ask(exchange)
+        return True
 
     def _drop_lost_sides(self, exchange: Exchange) -> None:
         """A pair that lost a side goes on as a normal answer; the loss is counted. Raises if nothing is left."""
@@ -255,7 +265,7 @@ class Chat:
             self._ledger.side_lost(answer)
         if len(lost) == len(exchange.shown):
             return b""
-        if not lost and await self._ledger.remember_pair(exchange):
+        if not lost and await self._remember(exchange):
             return stream.finish()
         notice = stream.void()
         exchange.keep_only(next(answer for answer in exchange.shown if not answer.failure))

@@ -43,6 +43,10 @@ class ConsentBook:
         await self._redis.set(CONSENT_KEY + user, msgspec.json.encode(state))
         return state
 
+    async def forget(self, user: str) -> None:
+        """As if the user had never said anything."""
+        await self._redis.delete(CONSENT_KEY + user)
+
     async def take_turn(self, user: str) -> bool:
         """Count one more pair of this minute; False above the cap."""
         key = f"{CAP_KEY}{user}:{int(time.time() // 60)}"

@@ -5,12 +5,13 @@ from __future__ import annotations
 from redis.exceptions import RedisError
 
 from router.admission import Caller
-from router.errors import Forbidden, NotFound, Unavailable
+from router.errors import Forbidden, Gone, NotFound, Unavailable
 from router.ledger import Ledger
 from router.pairs import derived_id, pseudonym
 from router.schema import FeedbackReceipt, FeedbackRequest
 from telemetry import metrics
 from telemetry.events import FeedbackRecorded
+from telemetry.people import Forgotten
 
 
 async def record_feedback(body: FeedbackRequest, caller: Caller, *, key: bytes, ledger: Ledger) -> FeedbackReceipt:
@@ -34,6 +35,9 @@ async def record_feedback(body: FeedbackRequest, caller: Caller, *, key: bytes, 
         rating=body.rating,
         comment=body.comment or "",
     )
-    await ledger.durable(event)
+    try:
+        await ledger.durable(event)
+    except Forgotten as error:
+        raise Gone("This answer was erased with its user's data.", code="erased") from error
     metrics.FEEDBACK.labels(kept.completion.variant, kept.completion.version, str(body.rating)).inc()
     return FeedbackReceipt(event.event_id, body.completion_id, body.rating, event.occurred_at)

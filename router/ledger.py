@@ -18,6 +18,7 @@ import msgspec
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
+from router.admission import Caller
 from router.arms import Arm
 from router.errors import PayloadTooLarge, Unavailable
 from router.exchange import Answer, Exchange
@@ -25,8 +26,20 @@ from router.gathered import Gathered
 from router.pairs import PairMemory, RememberedPair
 from telemetry import metrics
 from telemetry.event_log import EntryTooLarge, LogUnavailable
-from telemetry.events import TOPIC_OF, AnyEvent, Completion, CompletionServed, Message, PairShown, encode, key_of
+from telemetry.events import (
+    TOPIC_OF,
+    AnyEvent,
+    AuditRecorded,
+    Completion,
+    CompletionServed,
+    Message,
+    PairShown,
+    encode,
+    key_of,
+)
 from telemetry.outbox import OutboxLog
+from telemetry.people import Forgotten
+from telemetry.sealing import Sealer
 
 GATHER_S: Final = 0.02
 COMPLETION_KEY: Final = "tiebreak:completion:"
@@ -58,9 +71,16 @@ class Ledger:
     """The one place where the router writes down what it served."""
 
     def __init__(
-        self, outbox: OutboxLog, redis: Redis, memories: Gathered, pairs: PairMemory, *, completion_ttl_s: float
+        self,
+        outbox: OutboxLog,
+        redis: Redis,
+        memories: Gathered,
+        pairs: PairMemory,
+        sealer: Sealer,
+        *,
+        completion_ttl_s: float,
     ) -> None:
-        self._log = outbox
+        self._log, self._sealer = outbox, sealer
         self._redis, self._writes = redis, memories
         self._pairs = pairs
         self._completion_ttl_s = int(completion_ttl_s)
@@ -72,15 +92,24 @@ class Ledger:
         self._background: set[asyncio.Task[None]] = set()
 
     async def durable(self, event: AnyEvent) -> Literal["log", "outbox"]:
-        """Append and wait; where the event is safe. Raises Unavailable, and then nothing is acknowledged."""
+        """Append and wait; where the event is safe. Raises Unavailable, and then nothing is acknowledged.
+
+        Raises Forgotten for a text of a person whose key is gone.
+        """
+        payload = encode(self._sealer.seal(event))
         try:
-            done = await asyncio.wrap_future(self._log.append(TOPIC_OF[type(event)], key_of(event), encode(event)))
+            done = await asyncio.wrap_future(self._log.append(TOPIC_OF[type(event)], key_of(event), payload))
         except LogUnavailable as error:
             message = "The event log takes nothing now; nothing was recorded."
             raise Unavailable(message, code="log_unavailable", retry_after_s=2.0) from error
         except EntryTooLarge as error:
             raise PayloadTooLarge("This is more text than one event can carry.") from error
         return done.where
+
+    async def audit(self, caller: Caller, action: str, subject: str, **details: str) -> None:
+        """Put into the audit trail who did what; durable. Raises Unavailable."""
+        actor = caller.name or "operator"  # of an open router
+        await self.durable(AuditRecorded(actor=actor, action=action, subject=subject, details=details))
 
     def note(self, event: AnyEvent) -> None:
         """Append without waiting; a loss is counted."""
@@ -92,13 +121,13 @@ class Ledger:
                 log.warning("event lost: %s", error, extra={"action": "event_lost", "topic": topic})
 
         try:
-            self._log.append(topic, key_of(event), encode(event)).add_done_callback(count_loss)
-        except RuntimeError as error:  # the log was closed: this answer ended after everything else
+            self._log.append(topic, key_of(event), encode(self._sealer.seal(event))).add_done_callback(count_loss)
+        except (RuntimeError, Forgotten) as error:  # the log was closed: this answer ended after everything else
             metrics.EVENTS_LOST.labels(topic).inc()
             log.warning("event lost: %s", error, extra={"action": "event_lost", "topic": topic})
 
     async def remember_pair(self, exchange: Exchange) -> bool:
-        """Make the complete pair one that can be judged; False when the memory cannot be reached."""
+        """Make the complete pair one that can be judged; False when the memory cannot be reached, or no key be made."""
         assert exchange.offer is not None
         a, b = exchange.shown
         shown = PairShown(
@@ -115,13 +144,20 @@ class Ledger:
             expires_at=exchange.offer.expires_at,
         )
         try:
+            await self._prepare(exchange.user)
+            shown = self._sealer.seal(shown)
             await self._pairs.remember(RememberedPair(shown, exchange.caller))
-        except (RedisError, OSError) as error:
+        except (RedisError, OSError, Forgotten) as error:
             log.warning("pair not remembered: %s", error, extra={"action": "pair_lost", "pair_id": shown.pair_id})
             return False
         self.note(shown)
         metrics.PAIRS_SHOWN.labels(exchange.policy).inc()
         return True
+
+    async def _prepare(self, user: str) -> None:
+        """The user has a key from here on."""
+        if not self._sealer.is_prepared(user):
+            await asyncio.to_thread(self._sealer.prepare, user)
 
     def side_lost(self, answer: Answer) -> None:
         """Count a side of a pair that failed."""
@@ -154,9 +190,15 @@ class Ledger:
     async def recall_completion(self, completion_id: str) -> RememberedCompletion | None:
         """The single answer, or None when it is unknown or too old."""
         if waiting := self._memories.get(COMPLETION_KEY + completion_id):
+            await self._prepare(waiting.user)  # what will be written of it is not written yet
             return waiting
         payload = await found_soon(lambda: self._kept(completion_id))
-        return None if payload is None else msgspec.json.decode(payload, type=RememberedCompletion)
+        if payload is None:
+            return None
+        try:
+            return msgspec.json.decode(self._sealer.open_bytes(payload, completion_id), type=RememberedCompletion)
+        except Forgotten:
+            return None
 
     async def _kept(self, completion_id: str) -> bytes | None:
         return cast(bytes | None, await self._redis.get(COMPLETION_KEY + completion_id))
@@ -180,15 +222,19 @@ class Ledger:
 
     async def _write_memories(self, keys: list[str]) -> None:
         """When Redis is away, they are let go."""
-        ttl_s = self._completion_ttl_s
-        written = (self._writes.ask("SET", key, msgspec.json.encode(self._memories[key]), "EX", ttl_s) for key in keys)
-        results = await asyncio.gather(*written, return_exceptions=True)
+        results = await asyncio.gather(*map(self._write_memory, keys), return_exceptions=True)
         for key in keys:
             del self._memories[key]
         if failures := [result for result in results if isinstance(result, BaseException)]:
             log.warning(
                 "no thumb for %d answers: %s", len(failures), failures[0], extra={"action": "completion_not_remembered"}
             )
+
+    async def _write_memory(self, key: str) -> None:
+        kept = self._memories[key]
+        await self._prepare(kept.user)
+        sealed = self._sealer.seal_bytes(kept.user, msgspec.json.encode(kept), key.removeprefix(COMPLETION_KEY))
+        await self._writes.ask("SET", key, sealed, "EX", self._completion_ttl_s)
 
     def in_background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Run what no client waits for; it deals with its own errors."""

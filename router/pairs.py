@@ -37,7 +37,7 @@ class Ticket(msgspec.Struct, frozen=True, array_like=True):
 
 
 class RememberedPair(msgspec.Struct, frozen=True):
-    """What Redis holds: the event as logged, and whose key asked for it."""
+    """What Redis holds: the event as logged (sealed), and whose key asked for it."""
 
     shown: PairShown
     caller: str
@@ -85,7 +85,10 @@ def _signature(key: bytes, payload: bytes) -> str:
 
 
 class PairMemory:
-    """Pairs as shown, in Redis, until they expire; the last ones also here, so that a quick click reads nothing."""
+    """Pairs as shown, in Redis, until they expire; the last ones also here, so that a quick click reads nothing.
+
+    Both hold them as they are given: sealed, so that nobody keeps what a person wrote longer than their key.
+    """
 
     def __init__(self, redis: Redis, writes: Gathered, ttl_s: float, *, recent: int = RECENT_PAIRS) -> None:
         self._redis, self._writes = redis, writes
@@ -99,6 +102,12 @@ class PairMemory:
         self._recent[pair.shown.pair_id] = pair
         if len(self._recent) > self._most_recent:
             self._recent.popitem(last=False)
+
+    async def complete(self, pair: RememberedPair) -> None:
+        """Put ``pair`` in the place of what is remembered of it, as long as that is."""
+        if pair.shown.pair_id in self._recent:
+            self._recent[pair.shown.pair_id] = pair
+        await self._writes.ask("SET", PAIR_KEY + pair.shown.pair_id, msgspec.json.encode(pair), "XX", "KEEPTTL")
 
     def recent(self, pair_id: str) -> RememberedPair | None:
         """The pair, if this process is the one that showed it, and not long ago."""

@@ -25,6 +25,8 @@ from router.receipts import ReceiptBook, receipt
 from router.schema import Choice, Receipt, VerdictRequest
 from telemetry import metrics, tracing
 from telemetry.events import Completion, Outcome, PairShown, PreferenceRecorded, utc_now
+from telemetry.people import Forgotten
+from telemetry.sealing import Sealer
 
 POLL_S: Final = 0.005
 
@@ -88,13 +90,14 @@ class Preferences:
         self,
         *,
         key: bytes,
+        sealer: Sealer,
         pairs: PairMemory,
         ledger: Ledger,
         claims: Claims,
         book: ReceiptBook,
         lease_s: float,
     ) -> None:
-        self._key = key
+        self._key, self._sealer = key, sealer
         self._pairs = pairs
         self._ledger = ledger
         self._claims = claims
@@ -130,10 +133,17 @@ class Preferences:
             span.set_attribute("preference.pair_id", body.pair_id)
             span.set_attribute("preference.id", preference_id(body.pair_id))
             if earlier is None:
-                event = to_preference(shown, body, at=utc_now(), trace=tracing.ids(span))
-                claim = Claim(body.choice, caller.name, event)
+                claim = Claim(body.choice, caller.name, self._sealed(shown, body, tracing.ids(span)))
             span.add_event("gen_ai.evaluation.result", {"preference.outcome": claim.event.outcome})
             return await self._settle(claim, body, caller)
+
+    def _sealed(self, shown: PairShown, body: VerdictRequest, trace: tuple[str, str]) -> PreferenceRecorded:
+        """The verdict's event as it is written everywhere; raises Gone for a person who is forgotten."""
+        try:
+            event = to_preference(self._sealer.open(shown), body, at=utc_now(), trace=trace)
+            return self._sealer.seal(event)
+        except Forgotten as error:
+            raise Gone("What this pair showed was erased with its user's data.", code="erased") from error
 
     async def _recall(self, ticket: Ticket) -> tuple[RememberedPair | None, Verdict | None]:
         """The pair, and the verdict it has; of a pair just shown here, whether it has one is for the claim to tell."""

@@ -20,18 +20,21 @@ from router.chat import Chat, ChatSettings
 from router.claims import Claims
 from router.config import RouterConfig, worker_name
 from router.consent import ConsentBook
+from router.erasure import Eraser
 from router.gathered import Gathered
 from router.ledger import Ledger
 from router.pairs import PairMemory
 from router.places import Places
 from router.preferences import Preferences
 from router.receipts import ReceiptBook
+from router.reference import References
 from router.schema import ChatLimits
 from router.tables import Tables
-from telemetry.config import TelemetryConfig, open_log, redis_client_async
+from telemetry.config import TelemetryConfig, open_log, open_sealer, redis_client_async
 from telemetry.event_log import EventLog
 from telemetry.outbox import OutboxLog
 from telemetry.process import signing_key
+from telemetry.sealing import Sealer
 
 
 class Services(msgspec.Struct, frozen=True):
@@ -47,6 +50,8 @@ class Services(msgspec.Struct, frozen=True):
     chat: Chat
     preferences: Preferences
     receipts: ReceiptBook
+    references: References
+    eraser: Eraser
     releases: ReleaseDesk
 
 
@@ -75,12 +80,16 @@ async def open_services(
     polling = asyncio.create_task(tables.poll(config.table_poll_s, stop))
     embedded_log = event_log is None and telemetry.log == "redis"
     key, admission = signing_key(telemetry.state_path), _admission(config, telemetry.state_path / "run", worker)
-    services = _wire(config, key, redis, outbox, tables, pool, admission, embedded_log=embedded_log)
+    sealer = open_sealer(telemetry)
+    services = _wire(
+        config, key, sealer, telemetry.store_root, redis, outbox, tables, pool, admission, embedded_log=embedded_log
+    )
     try:
         yield services
     finally:
         stop.set()
         await polling
+        await services.references.close()
         await services.ledger.settled()
         pool.close()
         await asyncio.to_thread(outbox.close)
@@ -88,9 +97,9 @@ async def open_services(
 
 
 def _open_outbox(event_log: EventLog, state: Path, worker: int, workers: int) -> OutboxLog:
-    """Each worker's own; the first one also sends what workers left that are no more."""
+    """Each worker's own; the first one also sends what workers and commands left that are no more."""
     folders = {number: state / "outbox" / worker_name(number) for number in range(1, workers + 1)}
-    left = sorted(set((state / "outbox").glob(f"{worker_name(1)}*")) - set(folders.values())) if worker == 1 else ()
+    left = sorted(set((state / "outbox").glob("*")) - set(folders.values())) if worker == 1 else ()
     return OutboxLog(event_log, folders[worker], adopt=left)
 
 
@@ -117,6 +126,8 @@ def _queueing(client: Redis, connections: int, timeout_s: float) -> Redis:
 def _wire(
     config: RouterConfig,
     key: bytes,
+    sealer: Sealer,
+    store_root: str,
     redis: Redis,
     outbox: OutboxLog,
     tables: Tables,
@@ -127,7 +138,7 @@ def _wire(
 ) -> Services:
     reads, writes, memories = Gathered(redis), Gathered(redis), Gathered(redis)
     pairs = PairMemory(redis, writes, config.pair_ttl_s)
-    ledger = Ledger(outbox, redis, memories, pairs, completion_ttl_s=config.completion_ttl_s)
+    ledger = Ledger(outbox, redis, memories, pairs, sealer, completion_ttl_s=config.completion_ttl_s)
     book = ConsentBook(redis, reads, writes, pairs_per_minute=config.pairs_per_minute)
     claims = Claims(redis, ledger, ttl_s=config.verdict_ttl_s, lease_s=config.claim_lease_s, embedded_log=embedded_log)
     receipts = ReceiptBook(redis, ledger, claims)
@@ -139,9 +150,20 @@ def _wire(
         pair_ttl_s=config.pair_ttl_s,
         deadline_s=config.deadline_s,
     )
-    chat = Chat(settings, admission=admission, tables=tables, pool=pool, book=book, ledger=ledger, draw=random.Random())
+    references = References(pool, tables, pairs, sealer)
+    chat = Chat(
+        settings,
+        admission=admission,
+        tables=tables,
+        pool=pool,
+        book=book,
+        ledger=ledger,
+        references=references,
+        draw=random.Random(),
+    )
     preferences = Preferences(
         key=key,
+        sealer=sealer,
         pairs=pairs,
         ledger=ledger,
         claims=claims,
@@ -159,5 +181,7 @@ def _wire(
         chat=chat,
         preferences=preferences,
         receipts=receipts,
+        references=references,
+        eraser=Eraser(sealer, book, ledger, store_root),
         releases=ReleaseDesk(redis),
     )

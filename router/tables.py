@@ -81,6 +81,10 @@ class Tables:
         known = [replica for replica in self.replicas.replicas if replica.is_ready and replica.base == base]
         return not known or any(replica.takes_tools for replica in known)
 
+    def scorers(self, base: str) -> list[Replica]:
+        """Ready replicas of ``base`` that score answers."""
+        return [r for r in self.replicas.replicas if r.is_ready and r.base == base and r.scores_answers]
+
     def missing(self) -> tuple[str, ...]:
         """What is not there yet for every policy's first variant to answer; empty when all is well."""
         if not self.routing.policies:

@@ -21,7 +21,7 @@ from serving.safety import OutputFilter
 from serving.slots import SlotTable
 from serving.text_stream import OutputText
 from serving.tool_calls import CLOSE, OPEN, CallReader
-from serving.wire import Chunk, FinishReason, GenerateRequest, Sampling, TokenLogprob, TopLogprob
+from serving.wire import Chunk, FinishReason, GenerateRequest, Sampling, ScoreRequest, Scores, TokenLogprob, TopLogprob
 from telemetry.conversation import needs_tools
 from telemetry.manifest import Manifest, base_version
 
@@ -44,13 +44,14 @@ class EchoEngine:
         token_s: float = 0.0,
         output_filter: OutputFilter | None = None,
         takes_tools: bool = True,
+        scores_answers: bool = False,
     ) -> None:
         self.base_version = base_version(digest or "ec40ec40")
         self._slots = SlotTable(slots, self.base_version)
         self._max_context = max_context
         self._token_s = token_s
         self._filter = output_filter or OutputFilter(())
-        self._takes_tools = takes_tools
+        self._takes_tools, self._scores_answers = takes_tools, scores_answers
         self._running = 0
         self._is_closed = False
 
@@ -114,6 +115,12 @@ class EchoEngine:
             error="deadline_exceeded" if time.monotonic() > deadline else "",
         )  # fmt: skip
 
+    async def score(self, request: ScoreRequest) -> Scores:
+        if not self._scores_answers:
+            raise InvalidRequest("this engine scores no answers")
+        lengths = (len(answer.token_ids) + answer.is_ended for answer in request.answers)
+        return Scores(self.base_version, tuple((LOGPROB,) * length for length in lengths))
+
     async def load(self, version: str, folder: Path, manifest: Manifest) -> None:
         if self._slots.reserve(version) is not None:
             self._slots.set_ready(version)
@@ -127,7 +134,7 @@ class EchoEngine:
         return EngineStatus(
             versions=slots.names("ready"), loading=slots.names("loading"), draining=slots.names("draining"),
             failed=slots.failed(), in_flight=slots.in_flight(), free_slots=slots.free_slots(),
-            queued=0, running=self._running, takes_tools=self._takes_tools,
+            queued=0, running=self._running, takes_tools=self._takes_tools, scores_answers=self._scores_answers,
         )  # fmt: skip
 
     def is_healthy(self) -> bool:

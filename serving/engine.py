@@ -13,7 +13,7 @@ from typing import Protocol, Self
 import msgspec
 
 from serving.errors import InvalidRequest
-from serving.wire import Chunk, GenerateRequest, Sampling
+from serving.wire import Chunk, GenerateRequest, Sampling, ScoreRequest, Scores
 from telemetry.events import Message
 from telemetry.manifest import Manifest
 
@@ -36,6 +36,7 @@ class EngineStatus(msgspec.Struct, frozen=True):
     queued: int  # requests that wait for a place in the batch
     running: int  # sequences in the batch
     takes_tools: bool = False  # the chat template renders tools and their calls, in the form that is read here
+    scores_answers: bool = False  # takes POST /v1/score
 
 
 class ChunkStream(Protocol):
@@ -63,6 +64,13 @@ class Engine(Protocol):
         """Accept ``request`` and return its chunks; closing the stream cancels what is left of it.
 
         Raises InvalidRequest, PromptTooLong, VersionNotReady, Overloaded or EngineClosed before any chunk.
+        """
+        ...
+
+    async def score(self, request: ScoreRequest) -> Scores:
+        """The base's log-probs of given answers, computed while nothing else is to be done.
+
+        Raises InvalidRequest, PromptTooLong, EngineClosed, or Overloaded where that was not before the deadline.
         """
         ...
 

@@ -74,6 +74,7 @@ def replica_record(url: str, status: ReplicaStatus, *, is_ready: bool) -> Replic
         failed=status.failed,
         in_flight_by_version=status.in_flight,
         takes_tools=status.takes_tools,
+        scores_answers=status.scores_answers,
     )
 
 

@@ -1,7 +1,8 @@
 """A replica's HTTP face: the same ASGI app under Ray Serve's direct ingress and under plain uvicorn.
 
-POST /v1/generate streams newline-delimited chunks; closing the connection cancels. Versions come and go by
-PUT and DELETE, and are verified here before the engine sees them. Errors are ``{"error": {code, message}}``.
+POST /v1/generate streams newline-delimited chunks; closing the connection cancels. POST /v1/score waits for an idle
+moment. Versions come and go by PUT and DELETE, and are verified here before the engine sees them. Errors are
+``{"error": {code, message}}``.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from starlette.types import Receive, Scope, Send
 
 from serving.engine import ChunkStream, Engine
 from serving.errors import EngineFailed, InvalidRequest, ServingError, VersionRefused, VersionUnknown
-from serving.wire import GATHER_HEADER, GenerateRequest, ReplicaStatus
+from serving.wire import GATHER_HEADER, GenerateRequest, ReplicaStatus, ScoreRequest
 from telemetry.manifest import VERSION_PATTERN, Manifest, UntrustedVersion, read_version
 from telemetry.metrics import ADAPTER_LOADS, ENGINE_BATCH, ENGINE_QUEUE, FREE_SLOTS
 from telemetry.process import keep_what_is_loaded
@@ -35,6 +36,7 @@ BODY_MAX_BYTES = 4_000_000
 NDJSON = "application/x-ndjson"
 GATHER_S = 0.5
 _requests = msgspec.json.Decoder(GenerateRequest)
+_score_requests = msgspec.json.Decoder(ScoreRequest)
 _json = msgspec.json.Encoder()
 
 
@@ -71,6 +73,7 @@ def build_app(engine: Engine, info: ReplicaInfo) -> Starlette:
         lifespan=lifespan,
         routes=[
             Route("/v1/generate", _Generate(engine), methods=["POST"]),
+            Route("/v1/score", replica.score, methods=["POST"]),
             Route("/v1/status", replica.status, methods=["GET"]),
             Route("/v1/versions/{variant}/{version}", replica.load, methods=["PUT"]),
             Route("/v1/versions/{version}", replica.unload, methods=["DELETE"]),
@@ -173,7 +176,16 @@ class _Replica:
             free_slots=now.free_slots,
             queued=now.queued,
             takes_tools=now.takes_tools,
+            scores_answers=now.scores_answers,
         )
+
+    async def score(self, request: Request) -> Response:
+        """The base's log-probs of given answers."""
+        try:
+            wanted = _score_requests.decode(await _body(request))
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise InvalidRequest(f"not a score request: {error}") from error
+        return _respond(await self._engine.score(wanted))
 
     async def load(self, request: Request) -> Response:
         """Verify, load, warm; answers when the version is ready or refused."""

@@ -32,6 +32,7 @@ class PromptEncoder:
         self._tokenizer = tokenizer
         ends = getattr(generation_config, "eos_token_id", None)
         self.end_ids = frozenset([*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id]) - {None}
+        self.end_id: int | None = tokenizer.eos_token_id  # the one that learners take for an answer's end
         added = tokenizer.added_tokens_decoder.items()
         self._unseen_ids = frozenset(i for i, token in added if token.special and token.content not in (OPEN, CLOSE))
         self.takes_tools = self._takes_tools()

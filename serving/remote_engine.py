@@ -40,7 +40,7 @@ from serving.prompts import PromptEncoder
 from serving.remote_stream import RemoteStream
 from serving.safety import OutputFilter
 from serving.slots import SlotTable
-from serving.wire import GenerateRequest
+from serving.wire import GenerateRequest, ScoreRequest, Scores
 from telemetry.conversation import needs_tools
 from telemetry.manifest import VERSION_PATTERN, Manifest, base_version
 from telemetry.metrics import TOKENS
@@ -231,6 +231,9 @@ class RemoteEngine:
 
     def count(self, version: str, tokens: int) -> None:
         TOKENS.labels(self._base, version).inc(tokens)
+
+    async def score(self, request: ScoreRequest) -> Scores:
+        raise InvalidRequest("a model server is not asked for scores: whether it is idle cannot be seen from here")
 
     async def load(self, version: str, folder: Path, manifest: Manifest) -> None:
         if self._slots.reserve(version) is None:

@@ -47,6 +47,7 @@ class Runner:
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
         self.model = model.to(device).eval()
         config = self.model.config.get_text_config()
+        self.vocabulary = int(config.vocab_size)
         self.max_context = min(max_context, int(config.max_position_embeddings))
         expected = self._reference_logits()
         self.lora = LoraStack(self.model, slots=slots, rank_max=rank_max, dtype=dtype, many_dtype=many_dtype)
@@ -64,8 +65,11 @@ class Runner:
         self._check(expected)
 
     @torch.inference_mode()
-    def run(self, plan: Plan) -> Tensor:
-        """Logits [N, V] after each piece of work that asks for them, in the order of ``plan.work``."""
+    def run(self, plan: Plan, *, keep: int = 1) -> Tensor:
+        """Logits [N, V] after each piece of work that asks for them, in the order of ``plan.work``.
+
+        ``keep``: of how many of its last tokens.
+        """
         self.kv.copy(plan.copies)
         # sorted by slot, each version's tokens lie together; attention finds its rows by index
         order = sorted(range(len(plan.work)), key=lambda i: plan.work[i].sequence.slot)
@@ -82,7 +86,8 @@ class Runner:
             places += range(sequence.row * self.max_context + start, sequence.row * self.max_context + stop)
             slots += [sequence.slot] * (stop - start)
         self.lora.set_segments(slots)
-        last = [firsts[i] + work.stop - work.start - 1 for i, work in enumerate(plan.work) if work.is_last]
+        ends = [firsts[i] + work.stop - work.start for i, work in enumerate(plan.work) if work.is_last]
+        last = [at for end in ends for at in range(end - keep, end)]
         output = self.model(
             input_ids=self._tensor(tokens)[None],
             position_ids=self._tensor(positions)[None],
@@ -113,8 +118,7 @@ class Runner:
         return torch.tensor(values, dtype=torch.long, device=self.device)
 
     def _checked_prompt(self) -> list[int]:
-        vocabulary = int(self.model.config.get_text_config().vocab_size)
-        return [(7919 * (i + 1)) % vocabulary for i in range(CHECKED_TOKENS)]
+        return [(7919 * (i + 1)) % self.vocabulary for i in range(CHECKED_TOKENS)]
 
     @torch.inference_mode()
     def _reference_logits(self) -> Tensor:

@@ -36,13 +36,15 @@ from serving.runner import Runner
 from serving.safety import OutputFilter
 from serving.sampling import sample
 from serving.scheduler import Plan, Scheduler, Sequence
+from serving.scoring import IdleScorer, Job
 from serving.shaping import Guides
 from serving.slots import SlotTable
-from serving.wire import Chunk, GenerateRequest
+from serving.wire import Chunk, GenerateRequest, ScoreRequest, Scores
 from telemetry.manifest import Manifest, base_version
 from telemetry.metrics import TOKENS
 
 log = logging.getLogger(__name__)
+SCORES_MOST = 64  # requests for scores that wait
 WARM_S = 60.0  # a new version's first token may take this long
 
 
@@ -88,12 +90,18 @@ class TransformersEngine:
             device=device,
             slots=options.slots,
             rank_max=options.rank_max,
-            rows=options.max_batch + options.cache_rows,
+            rows=options.max_batch + options.cache_rows + 1,
             max_context=options.max_context,
+        )
+        self._scorer = IdleScorer(
+            self._runner.run,
+            row=options.max_batch + options.cache_rows,
+            chunk_tokens=options.chunk_tokens,
+            most=SCORES_MOST,
         )
         tokenizer = AutoTokenizer.from_pretrained(self._folder)
         self._prompts = PromptEncoder(tokenizer, self._runner.model.generation_config)
-        self._guides = Guides(tokenizer, int(self._runner.model.config.get_text_config().vocab_size))
+        self._guides = Guides(tokenizer, self._runner.vocabulary)
 
     async def submit(self, request: GenerateRequest) -> ChunkStream:
         check_request(request)
@@ -133,6 +141,31 @@ class TransformersEngine:
         with self._wake:
             ticket.is_cancelled = True
             self._wake.notify()
+
+    async def score(self, request: ScoreRequest) -> Scores:
+        job = self._score_job(request)
+        with self._wake:
+            if self._failure is not None or self._is_closed:
+                raise EngineClosed()
+            if not self._scorer.add(job):
+                raise Overloaded(f"{SCORES_MOST} requests for scores wait already")
+            self._wake.notify()
+        try:
+            logps = await asyncio.wait_for(asyncio.wrap_future(job.done), request.deadline_s)
+        except TimeoutError as error:
+            raise Overloaded("the engine was not idle before the deadline") from error
+        return Scores(self.base_version, logps)
+
+    def _score_job(self, request: ScoreRequest) -> Job:
+        prompt, end_id = self._prompts.encode(request.messages), self._prompts.end_id
+        end = [] if end_id is None else [end_id]
+        answers = [[*answer.token_ids, *(end if answer.is_ended else [])] for answer in request.answers]
+        vocabulary = self._runner.vocabulary
+        if not answers or not all(ids and all(0 <= token < vocabulary for token in ids) for ids in answers):
+            raise InvalidRequest(f"answers: at least one, none empty, of token ids below {vocabulary}")
+        if (longest := len(prompt) + max(map(len, answers))) > self._runner.max_context:
+            raise PromptTooLong(f"{longest} tokens; this model's context is {self._runner.max_context}")
+        return Job(prompt, answers)
 
     async def load(self, version: str, folder: Path, manifest: Manifest) -> None:
         slot = self._slots.reserve(version)
@@ -176,6 +209,7 @@ class TransformersEngine:
             queued=self.queued,
             running=len(self._scheduler.rows),
             takes_tools=self._prompts.takes_tools,
+            scores_answers=True,
         )
 
     def is_healthy(self) -> bool:
@@ -189,7 +223,7 @@ class TransformersEngine:
             await asyncio.to_thread(self._thread.join)
 
     def _serve(self) -> None:
-        """The engine's thread: until closed, take what arrived and step; a failure ends every request."""
+        """The engine's thread: until closed, take what arrived and step, or score; a failure ends every request."""
         torch.set_num_threads(self._options.threads or os.cpu_count() or 1)
         try:
             while self._take():
@@ -197,6 +231,8 @@ class TransformersEngine:
                 plan = self._scheduler.plan()
                 if plan.work:
                     self._step(plan)
+                else:
+                    self._scorer.step()
         except Exception as error:
             log.exception("the engine failed", extra={"action": "engine_failed", "base": self._base})
             with self._wake:
@@ -206,7 +242,7 @@ class TransformersEngine:
     def _take(self) -> bool:
         """Queue what arrived, sleeping while there is nothing at all to do; False when closed."""
         with self._wake:
-            while not (self._arrived or self._running or self._is_closed):
+            while not (self._arrived or self._running or self._scorer or self._is_closed):
                 self._wake.wait()
             arrived, self._arrived = self._arrived, []
             forgotten, self._forgotten = self._forgotten, []
@@ -274,6 +310,7 @@ class TransformersEngine:
     def _end_all(self, error: str) -> None:
         with self._wake:
             self._is_closed = True
+            self._scorer.close()
         self._take()
         for completion in self._running.values():
             completion.end("error" if self._failure else "cancelled", error=error)

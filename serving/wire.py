@@ -103,6 +103,28 @@ class Chunk(msgspec.Struct, frozen=True):
     error: str = ""
 
 
+class AnswerTokens(msgspec.Struct, frozen=True):
+    """An answer as it was sampled; ``is_ended`` when the model then ended it itself."""
+
+    token_ids: tuple[int, ...]
+    is_ended: bool
+
+
+class ScoreRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``POST {replica}/v1/score``: how likely the base finds answers to one prompt, when it has nothing else to do."""
+
+    messages: tuple[Message, ...]
+    answers: tuple[AnswerTokens, ...]
+    deadline_s: float = 60.0  # seconds from receipt; an engine that was never idle says 503
+
+
+class Scores(msgspec.Struct, frozen=True):
+    """For each answer the natural-log probabilities of its tokens under ``version``, the base, and of its end."""
+
+    version: str
+    logps: tuple[tuple[float, ...], ...]
+
+
 class ReplicaStatus(msgspec.Struct, frozen=True):
     """``GET {replica}/v1/status``: what the control loop asks every replica."""
 
@@ -116,3 +138,4 @@ class ReplicaStatus(msgspec.Struct, frozen=True):
     free_slots: int
     queued: int
     takes_tools: bool = False  # the chat template renders tools and their calls, in the form that is read here
+    scores_answers: bool = False  # takes POST /v1/score

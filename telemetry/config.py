@@ -18,6 +18,8 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from telemetry.event_log import EventLog
+from telemetry.people import PersonKeys, has_keys, load_provider
+from telemetry.sealing import Sealer
 
 SecurityProtocol = Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"]
 
@@ -29,6 +31,11 @@ class TelemetryConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     state: str = "~/.local/share/tiebreak"
     # Preference store: a folder or an object store's URL. Empty: `store` in `state`.
     store: str = ""
+    # Encrypt every person's texts with a key of their own, so that a person can be forgotten (telemetry/people.py).
+    # Never turn it off where people were promised that: what was sealed stays readable, what comes is not sealed.
+    encryption: bool = True
+    # What wraps these keys: "module:factory" of a telemetry.people.KeyProvider. Empty: a master key in `state`.
+    key_provider: str = ""
     # Redis for shared state and, with log = "redis", the event log. Empty: the private server's socket in `state`.
     redis_url: str = ""
     # Seconds one Redis call may take before it fails. The disk's fsync is inside it.
@@ -40,7 +47,7 @@ class TelemetryConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
 
     # Kafka: host:port, several parted by commas.
     kafka_bootstrap: str = "127.0.0.1:9092"
-    # Partitions of newly made topics (versions and dead letters always have one: their order is global).
+    # Partitions of newly made topics (versions, dead letters and audit always have one: their order is global).
     kafka_partitions: int = 4
     # Copies of newly made topics: 3 in production, with min.insync.replicas = 2.
     kafka_replication: int = 1
@@ -101,6 +108,14 @@ def redis_client_async(config: TelemetryConfig, *, timeout_s: float | None = Non
         socket_connect_timeout=timeout_s,
         retry=AsyncRetry(NoBackoff(), 0),
     )
+
+
+def open_sealer(config: TelemetryConfig) -> Sealer:
+    """What seals and opens people's texts in this deployment."""
+    state = config.state_path
+    if not (config.encryption or has_keys(state)):
+        return Sealer(None)
+    return Sealer(PersonKeys(state, load_provider(config.key_provider, state)), is_sealing=config.encryption)
 
 
 def open_log(config: TelemetryConfig) -> EventLog:

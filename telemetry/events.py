@@ -22,7 +22,8 @@ FEEDBACK: Final = "tiebreak.feedback.v1"
 COMPLETIONS: Final = "tiebreak.completions.v1"
 VERSIONS: Final = "tiebreak.versions.v1"
 DEAD_LETTERS: Final = "tiebreak.dead-letters.v1"
-TOPICS: Final = (PAIRS, PREFERENCES, FEEDBACK, COMPLETIONS, VERSIONS, DEAD_LETTERS)
+AUDIT: Final = "tiebreak.audit.v1"
+TOPICS: Final = (PAIRS, PREFERENCES, FEEDBACK, COMPLETIONS, VERSIONS, DEAD_LETTERS, AUDIT)
 
 Outcome = Literal["chosen_rejected", "tie", "both_bad", "skip"]
 LabelSource = Literal["end_user", "labeler", "judge", "import", "simulated"]
@@ -92,6 +93,15 @@ class Completion(msgspec.Struct, frozen=True):
     token_ids: tuple[int, ...] = ()
     logps: tuple[float, ...] = ()  # log-probs of token_ids under the serving version (behaviour policy)
     is_clipped: bool = False  # ended by a stop string of the request, not by the model
+    reference: str = ""  # the base version that reference_logps are of
+    reference_logps: tuple[float, ...] = ()  # of token_ids, then of the end where the model ended it; may be missing
+
+
+class Sealed(msgspec.Struct, frozen=True):
+    """The texts of an event, encrypted with the key of its ``user`` (telemetry/sealing.py)."""
+
+    key_id: str
+    data: bytes
 
 
 class Event(msgspec.Struct, frozen=True, tag_field="type", kw_only=True):
@@ -117,6 +127,7 @@ class PairShown(Event, frozen=True, tag=True, kw_only=True):
     propensity: float  # probability with which this (unordered) pair of arms was drawn
     cohort: str = "default"
     expires_at: datetime | None = None
+    sealed: Sealed | None = None  # prompt and the sides' words, which then are empty
 
 
 class PreferenceRecorded(Event, frozen=True, tag=True, kw_only=True):
@@ -144,6 +155,7 @@ class PreferenceRecorded(Event, frozen=True, tag=True, kw_only=True):
     comment: str = ""
     quality: int | None = None
     edited: str | None = None  # what the user would have preferred to read
+    sealed: Sealed | None = None  # prompt, the sides' words, reasons, comment and edited, which then are empty
 
 
 class PreferenceRetracted(Event, frozen=True, tag=True, kw_only=True):
@@ -152,6 +164,14 @@ class PreferenceRetracted(Event, frozen=True, tag=True, kw_only=True):
     preference_id: str
     pair_id: str
     user: str
+
+
+class PersonErased(Event, frozen=True, tag=True, kw_only=True):
+    """A person is forgotten: their key is gone, no text of theirs can be read (topic PREFERENCES, key user)."""
+
+    user: str
+    actor: str
+    versions: tuple[str, ...] = ()  # that had learned from them
 
 
 class FeedbackRecorded(Event, frozen=True, tag=True, kw_only=True):
@@ -164,6 +184,7 @@ class FeedbackRecorded(Event, frozen=True, tag=True, kw_only=True):
     completion: Completion
     rating: Literal[1, -1]
     comment: str = ""
+    sealed: Sealed | None = None  # prompt, the completion's words and comment, which then are empty
 
 
 class CompletionServed(Event, frozen=True, tag=True, kw_only=True):
@@ -237,27 +258,40 @@ class DeadLetter(Event, frozen=True, tag=True, kw_only=True):
     payload: bytes
 
 
+class AuditRecorded(Event, frozen=True, tag=True, kw_only=True):
+    """Somebody read, exported, changed or deleted something (topic AUDIT). Never a text, never a client's user id."""
+
+    actor: str  # the caller's name at the router, user@host of a command
+    action: str  # exported, erased, consent_changed, promoted, rolled_back, read, replayed …
+    subject: str  # of what, or whom (pseudonym)
+    details: dict[str, str] = {}
+
+
 AnyEvent = (
     PairShown
     | PreferenceRecorded
     | PreferenceRetracted
+    | PersonErased
     | FeedbackRecorded
     | CompletionServed
     | BatchTrained
     | VersionPublished
     | ReleaseChanged
     | DeadLetter
+    | AuditRecorded
 )
 TOPIC_OF: Final[dict[type[Any], str]] = {
     PairShown: PAIRS,
     PreferenceRecorded: PREFERENCES,
     PreferenceRetracted: PREFERENCES,
+    PersonErased: PREFERENCES,
     FeedbackRecorded: FEEDBACK,
     CompletionServed: COMPLETIONS,
     BatchTrained: VERSIONS,
     VersionPublished: VERSIONS,
     ReleaseChanged: VERSIONS,
     DeadLetter: DEAD_LETTERS,
+    AuditRecorded: AUDIT,
 }
 
 _encoder = msgspec.json.Encoder()
@@ -297,9 +331,13 @@ def key_of(event: AnyEvent) -> str:
     match event:
         case PairShown() | PreferenceRecorded() | PreferenceRetracted():
             return event.pair_id
+        case PersonErased():
+            return event.user
         case FeedbackRecorded() | CompletionServed():
             return event.completion_id
         case BatchTrained() | VersionPublished() | ReleaseChanged():
             return event.variant
+        case AuditRecorded():
+            return event.actor
         case DeadLetter():
             return f"{event.topic}/{event.partition}"

@@ -29,7 +29,7 @@ from kafka.errors import (  # type: ignore[import-untyped]
 from telemetry.append_queue import Append, AppendQueue
 from telemetry.config import TelemetryConfig
 from telemetry.event_log import Entry, LogUnavailable, Offsets, Position, PositionLost
-from telemetry.events import DEAD_LETTERS, VERSIONS
+from telemetry.events import AUDIT, DEAD_LETTERS, VERSIONS
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ RECONNECT_S: Final = 0.2
 CHECK_S: Final = 0.5  # a reader asks this often whether brokers, position and partitions are still as they were
 READ_TIMEOUT_S: Final = 5.0
 MAX_REQUEST_BYTES: Final = 1_048_576  # the brokers' default message.max.bytes
-ONE_PARTITION: Final = frozenset({VERSIONS, DEAD_LETTERS})
+ONE_PARTITION: Final = frozenset({VERSIONS, DEAD_LETTERS, AUDIT})
 
 
 class Cluster(msgspec.Struct, frozen=True, kw_only=True):

@@ -102,6 +102,15 @@ class Lineages:
             versions=tuple(name for name in self._published if self._knows(name, preference_id)),
         )
 
+    def of_person(self, user: str) -> tuple[str, ...]:
+        """The versions that learned from a person (by pseudonym), or descend from one that did; oldest first."""
+        wanted = (pc.field("user") == user) & (pc.field("type") == PreferenceRecorded.__name__)
+        rows = read(self._root, PREFERENCES, columns=["preference_id"], wanted=wanted)
+        theirs = set(rows["preference_id"].to_pylist())
+        return tuple(
+            name for name in self._published if any(theirs & set(each.preference_ids) for each in self.ancestry(name))
+        )
+
     def _knows(self, version: str, preference_id: str) -> bool:
         return any(preference_id in each.preference_ids for each in self.ancestry(version))
 

@@ -43,6 +43,11 @@ CONCURRENCY_LIMIT = Gauge(
     multiprocess_mode="livesum",
 )  # fmt: skip
 PAIRS_SHOWN = Counter("tiebreak_pairs_shown_total", "Pairs shown to opted-in users", ["policy"])
+REFERENCES = Counter(
+    "tiebreak_pair_references_total",
+    "Pairs whose base was asked for log-probs: kept, missing",
+    ["base", "result"],
+)
 PAIR_SIDES_LOST = Counter("tiebreak_pair_sides_lost_total", "Sides of pairs that failed", ["variant", "version"])
 VERDICTS = Counter(
     "tiebreak_verdicts_total",

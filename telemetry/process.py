@@ -37,11 +37,15 @@ def keep_what_is_loaded() -> None:
 
 
 def signing_key(state: Path) -> bytes:
-    """The deployment's 32-byte secret in ``<state>/keys/signing.key``, made on first use (mode 0600).
+    """The deployment's 32-byte secret that signs versions and pair tokens."""
+    return secret_file(state / "keys" / "signing.key")
+
+
+def secret_file(path: Path) -> bytes:
+    """The 32-byte secret in the file at ``path``, made on first use (mode 0600).
 
     Processes that start together agree: the file has its name only once it is whole. Raises ValueError for a torn one.
     """
-    path = state / "keys" / "signing.key"
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     if not path.exists():
         _make_key(path)

@@ -21,6 +21,7 @@ from typing import Any, Final
 import redis
 
 from telemetry import logs, metrics
+from telemetry.audit import HeadFile
 from telemetry.config import TelemetryConfig, open_log, redis_client
 from telemetry.configuration import read_table
 from telemetry.event_log import Entry, EventLog, LogUnavailable, Offsets, PositionLost, Reader
@@ -39,7 +40,7 @@ from telemetry.events import (
     encode,
     key_of,
 )
-from telemetry.process import announce_ready
+from telemetry.process import announce_ready, signing_key
 from telemetry.receipts import Receipts
 from telemetry.store import Recorded, Store, StoreContended
 
@@ -94,11 +95,18 @@ class Recorder:
     """One consumer loop. ``run`` until ``stop``."""
 
     def __init__(
-        self, log: EventLog, store_root: Path | str, receipts: Receipts, *, batch_entries: int, flush_s: float
+        self,
+        log: EventLog,
+        store_root: Path | str,
+        receipts: Receipts,
+        *,
+        batch_entries: int,
+        flush_s: float,
+        heads: HeadFile | None = None,
     ) -> None:
         self._log = log
         self._store_root = store_root
-        self._receipts = receipts
+        self._receipts, self._heads = receipts, heads
         self._batch_entries = batch_entries
         self._flush_s = flush_s
         self._lag_at = 0.0
@@ -116,7 +124,7 @@ class Recorder:
 
     def _session(self) -> None:
         """Open the store and read from where it ends, until something breaks."""
-        store = Store(self._store_root)
+        store = Store(self._store_root, self._heads)
         self._catch_up(store)
         if last := store.tables[PAIRS].last_recorded_at():
             metrics.LAST_STORED.set(last.timestamp())
@@ -201,6 +209,7 @@ def serve(config: TelemetryConfig) -> None:
         Receipts(redis_client(config)),
         batch_entries=config.recorder_batch_entries,
         flush_s=config.recorder_flush_s,
+        heads=HeadFile(config.state_path, signing_key(config.state_path)),
     )
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: recorder.stop.set())

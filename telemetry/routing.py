@@ -58,6 +58,7 @@ class Replica(msgspec.Struct, frozen=True):
     failed: dict[str, str] = {}  # version → why it was refused
     in_flight_by_version: dict[str, int] = {}
     takes_tools: bool = False  # its base's chat template renders tools and their calls
+    scores_answers: bool = False  # it says how likely its base finds an answer
 
 
 class ReplicaTable(msgspec.Struct, frozen=True):

@@ -16,6 +16,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 from telemetry.conversation import conversation
 from telemetry.event_log import Entry
 from telemetry.events import (
+    AUDIT,
     COMPLETIONS,
     DEAD_LETTERS,
     FEEDBACK,
@@ -23,12 +24,14 @@ from telemetry.events import (
     PREFERENCES,
     VERSIONS,
     AnyEvent,
+    AuditRecorded,
     BatchTrained,
     CompletionServed,
     DeadLetter,
     FeedbackRecorded,
     Message,
     PairShown,
+    PersonErased,
     PreferenceRecorded,
     PreferenceRetracted,
     ReleaseChanged,
@@ -42,6 +45,7 @@ TABLE_OF: Final = {
     COMPLETIONS: "completions",
     VERSIONS: "versions",
     DEAD_LETTERS: "dead_letters",
+    AUDIT: "audit",
 }
 
 Row = dict[str, Any]
@@ -89,6 +93,9 @@ SCHEMAS: Final[dict[str, pa.Schema]] = {
     "dead_letters": _schema(
         source_topic="text", source_partition="int", source_offset="int", reason="text", payload="bytes"
     ),
+    "audit": _schema(
+        actor="text", action="text", subject="text", details="text", number="int", previous="text", hash="text"
+    ),
 }  # fmt: skip
 
 
@@ -120,12 +127,17 @@ def _prompt(messages: tuple[Message, ...]) -> str:
     return _json(conversation(messages))
 
 
+def _texts(event: PairShown | PreferenceRecorded | FeedbackRecorded, **texts: Any) -> Row:
+    """Columns of what people read and wrote; none of a sealed event."""
+    return {} if event.sealed else {"prompt": _prompt(event.prompt), **texts}
+
+
 def _pair(event: PairShown) -> Row:
     return {
         **_same(event, "pair_id", "request_id", "policy", "user", "cohort", "propensity", "expires_at"),
-        "prompt": _prompt(event.prompt),
-        "a_text": event.a.text, "a_variant": event.a.variant, "a_version": event.a.version,
-        "b_text": event.b.text, "b_variant": event.b.variant, "b_version": event.b.version,
+        **_texts(event, a_text=event.a.text, b_text=event.b.text),
+        "a_variant": event.a.variant, "a_version": event.a.version,
+        "b_variant": event.b.variant, "b_version": event.b.version,
     }  # fmt: skip
 
 
@@ -133,23 +145,24 @@ def _preference(event: PreferenceRecorded) -> Row:
     chosen, rejected = event.chosen, event.rejected
     names = (
         "pair_id", "policy", "user", "cohort", "source", "labeler", "outcome", "chosen_position", "propensity",
-        "shown_at", "decided_s", "comment", "quality", "edited",
+        "shown_at", "decided_s", "quality",
     )  # fmt: skip
     return {
         **_same(event, *names),
         "preference_id": event.event_id,
-        "prompt": _prompt(event.prompt),
-        "reasons": list(event.reasons),
-        "chosen_text": chosen.text, "chosen_variant": chosen.variant, "chosen_version": chosen.version,
-        "rejected_text": rejected.text, "rejected_variant": rejected.variant, "rejected_version": rejected.version,
+        **_texts(
+            event, chosen_text=chosen.text, rejected_text=rejected.text, reasons=list(event.reasons),
+            comment=event.comment, edited=event.edited,
+        ),
+        "chosen_variant": chosen.variant, "chosen_version": chosen.version,
+        "rejected_variant": rejected.variant, "rejected_version": rejected.version,
     }  # fmt: skip
 
 
 def _feedback(event: FeedbackRecorded) -> Row:
     return {
-        **_same(event, "completion_id", "policy", "user", "rating", "comment"),
-        "prompt": _prompt(event.prompt),
-        "completion_text": event.completion.text,
+        **_same(event, "completion_id", "policy", "user", "rating"),
+        **_texts(event, completion_text=event.completion.text, comment=event.comment),
         "variant": event.completion.variant,
         "version": event.completion.version,
     }
@@ -187,6 +200,7 @@ def _dead_letter(event: DeadLetter) -> Row:
 _COLUMNS: Final[dict[type[Any], Callable[[Any], Row]]] = {
     PairShown: _pair,
     PreferenceRecorded: _preference,
+    PersonErased: lambda event: _same(event, "user"),
     PreferenceRetracted: lambda event: _same(event, "preference_id", "pair_id", "user"),
     FeedbackRecorded: _feedback,
     CompletionServed: _completion,
@@ -194,4 +208,5 @@ _COLUMNS: Final[dict[type[Any], Callable[[Any], Row]]] = {
     VersionPublished: _version,
     ReleaseChanged: _release,
     DeadLetter: _dead_letter,
+    AuditRecorded: lambda event: {**_same(event, "actor", "action", "subject"), "details": _json(event.details)},
 }

@@ -8,7 +8,7 @@ its commit. An event_id seen within the window is not stored again. Below the wr
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Final
@@ -19,10 +19,13 @@ import pyarrow.compute as pc  # type: ignore[import-untyped]
 from deltalake import CommitProperties, DeltaTable, Schema, Transaction, write_deltalake
 from deltalake.exceptions import CommitFailedError
 
+from telemetry.audit import START, Head, HeadFile, link
 from telemetry.conversation import conversation, tools_of
 from telemetry.event_log import Entry, Offsets
-from telemetry.events import PREFERENCES, AnyEvent, Message, decode, utc_now
+from telemetry.events import AUDIT, PREFERENCES, AnyEvent, PreferenceRecorded, decode, utc_now
+from telemetry.people import Forgotten
 from telemetry.rows import SCHEMAS, TABLE_OF, row_of
+from telemetry.sealing import Sealer
 
 log = logging.getLogger(__name__)
 
@@ -146,14 +149,33 @@ class Table:
             del self._seen[event_id]
 
 
+class AuditTable(Table):
+    """The audit trail: rows are chained as they are stored (telemetry/audit.py)."""
+
+    def __init__(self, root: str, heads: HeadFile | None) -> None:
+        super().__init__(root, AUDIT)
+        self._heads = heads
+        links = self._delta.to_pyarrow_dataset().to_table(columns=["number", "hash"], use_threads=False)
+        newest = max(links.to_pylist(), key=lambda row: row["number"], default=None)
+        self._end = Head(0, START) if newest is None else Head(newest["number"] + 1, newest["hash"])
+
+    def _commit(self, rows: list[dict[str, Any]], reached: Mapping[int, int]) -> None:
+        end = link(rows, self._end)
+        super()._commit(rows, reached)
+        self._end = end
+        if self._heads is not None and rows:
+            self._heads.write(end.rows, end.hash)
+
+
 class Store:
     """Every table under one folder or object-store URL. One process writes."""
 
-    def __init__(self, root: Path | str) -> None:
+    def __init__(self, root: Path | str, heads: HeadFile | None = None) -> None:
+        """``heads``: where the audit trail's end is kept, signed."""
         root = str(root)
         if "://" not in root:
             Path(root).mkdir(parents=True, exist_ok=True)
-        self.tables = {topic: Table(root, topic) for topic in TABLE_OF}
+        self.tables = {topic: AuditTable(root, heads) if topic == AUDIT else Table(root, topic) for topic in TABLE_OF}
 
     def offsets(self) -> Offsets:
         """Where each topic's reader continues."""
@@ -210,18 +232,24 @@ def preferences(root: Path | str, *, with_retracted: bool = False) -> Iterator[d
                 yield row
 
 
-class _Prompted(msgspec.Struct):
-    prompt: tuple[Message, ...]
-
-
-def trl_rows(root: Path | str) -> Iterator[dict[str, list[dict[str, Any]]]]:
-    """Chosen/rejected verdicts as rows of TRL's conversational preference data set, with the tools offered."""
+def verdicts(root: Path | str, sealer: Sealer) -> Iterator[PreferenceRecorded]:
+    """The verdicts that were not taken back, with their texts; without those of people who are forgotten."""
     for row in preferences(root):
-        if row["outcome"] == "chosen_rejected":
-            prompt = msgspec.json.decode(row["event"], type=_Prompted).prompt
-            tools = tools_of(prompt)
+        event = decode(row["event"].encode())
+        assert isinstance(event, PreferenceRecorded)
+        try:
+            yield sealer.open(event)
+        except Forgotten:
+            continue
+
+
+def trl_rows(events: Iterable[PreferenceRecorded]) -> Iterator[dict[str, list[dict[str, Any]]]]:
+    """Chosen/rejected verdicts as rows of TRL's conversational preference data set, with the tools offered."""
+    for event in events:
+        if event.outcome == "chosen_rejected":
+            tools = tools_of(event.prompt)
             yield ({"tools": tools} if tools else {}) | {
-                "prompt": conversation(prompt),
-                "chosen": [{"role": "assistant", "content": row["chosen_text"]}],
-                "rejected": [{"role": "assistant", "content": row["rejected_text"]}],
+                "prompt": conversation(event.prompt),
+                "chosen": [{"role": "assistant", "content": event.chosen.text}],
+                "rejected": [{"role": "assistant", "content": event.rejected.text}],
             }

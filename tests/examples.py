@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 
 from telemetry.events import (
+    AuditRecorded,
     BatchTrained,
     Completion,
     CompletionServed,
@@ -125,3 +126,7 @@ def published(version: str, ids: list[str], *, parent: str = BASE) -> VersionPub
 
 def release(version: str, state: str) -> ReleaseChanged:
     return ReleaseChanged(variant="chat-main", version=version, state=state, stable=version, reason="test")  # type: ignore[arg-type]
+
+
+def audit(number: int) -> AuditRecorded:
+    return AuditRecorded(actor="ann", action="exported", subject=f"set {number}", details={"rows": "1"})

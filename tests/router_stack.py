@@ -26,12 +26,14 @@ from serving.engine import ChunkStream, Engine
 from serving.http import ReplicaInfo
 from serving.http import build_app as build_replica
 from serving.wire import Chunk, GenerateRequest
-from telemetry.config import TelemetryConfig, open_log, redis_client_async
+from telemetry.config import TelemetryConfig, open_log, open_sealer, redis_client_async
 from telemetry.event_log import EventLog
 from telemetry.events import TOPICS, AnyEvent, decode, utc_now
 from telemetry.manifest import Manifest
+from telemetry.people import Forgotten
 from telemetry.process import signing_key
 from telemetry.routing import REPLICAS_KEY, ROUTING_KEY, Replica, ReplicaTable, RoutingTable, VariantRoute
+from telemetry.sealing import Sealer
 
 STABLE = "v000003-0000abcd"
 CANARY = "v000004-0000dcba"
@@ -99,7 +101,8 @@ class Stack:
     def _read_log(self) -> list[AnyEvent]:
         log = open_log(self.telemetry)
         reader = log.reader(TOPICS, {})
-        events = [decode(entry.payload) for entry in reader.poll(max_entries=100_000, timeout_s=0.0)]
+        sealer = open_sealer(self.telemetry)
+        events = [opened(sealer, decode(entry.payload)) for entry in reader.poll(max_entries=100_000, timeout_s=0.0)]
         reader.close()
         log.close()
         return events
@@ -111,6 +114,14 @@ class Stack:
         wanted = [f'{label}="{value}"' for label, value in labels.items()]
         samples = [line for line in lines if line.startswith((f"{name}{{", f"{name} "))]
         return sum(float(line.rsplit(" ", 1)[1]) for line in samples if all(word in line for word in wanted))
+
+
+def opened(sealer: Sealer, event: AnyEvent) -> AnyEvent:
+    """The event with its texts, unless its person is forgotten."""
+    try:
+        return sealer.open(event)
+    except Forgotten:
+        return event
 
 
 class FaultyEngine(EchoEngine):
@@ -195,8 +206,10 @@ def routes(engine: Engine, *, canary: str = "", stable: str = STABLE) -> Routing
     return RoutingTable(1, {"chat": (main, calm)})
 
 
-def replica(url: str, *versions: str, name: str = "r0", takes_tools: bool = True) -> Replica:
-    return Replica(name, "echo", url, True, versions, 0, 4, takes_tools=takes_tools)
+def replica(
+    url: str, *versions: str, name: str = "r0", takes_tools: bool = True, scores_answers: bool = False
+) -> Replica:
+    return Replica(name, "echo", url, True, versions, 0, 4, takes_tools=takes_tools, scores_answers=scores_answers)
 
 
 def fast(**fields: Any) -> RouterConfig:
@@ -235,7 +248,8 @@ async def running_stack(
         url = await enter(serving_on_loopback(build_app(config, telemetry, opening=opening)))
         session = await enter(aiohttp.ClientSession(url, headers=headers))
         held = (engine.base_version, *versions)
-        known = replica(replica_url, *held, takes_tools=engine.status().takes_tools)
+        status = engine.status()
+        known = replica(replica_url, *held, takes_tools=status.takes_tools, scores_answers=status.scores_answers)
         stack = Stack(url, client, telemetry, engine, [known], routes(engine), session)
         await stack.publish()
         yield stack

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 
@@ -14,6 +15,18 @@ from tests.e2e.stack import ROOT, RunningStack
 
 pytestmark = pytest.mark.timeout(600)
 LIVE_LIMIT_S = 120.0
+
+
+def test_two_bases_answer_at_once_each_with_its_own_versions_and_costs(tiny_stack: RunningStack) -> None:
+    route = tiny_stack.call(lambda api: api.releases())["routing"]["policies"]["plain"][0]
+    trained = tiny_stack.call(lambda api: api.ask("Hello?", model="chat@base", max_tokens=4))
+    plain = tiny_stack.call(lambda api: api.ask("Hello?", model="plain", max_tokens=4))
+    assert plain.version == route["stable"] == route["base_version"]
+    assert trained.version != plain.version
+    with urlopen(f"{tiny_stack.url}/metrics") as response:
+        lines = response.read().decode().splitlines()
+    (cost,) = (line for line in lines if line.startswith('tiebreak_cost_total{variant="plain-main"'))
+    assert float(cost.rpartition(" ")[2]) > 0.0
 
 
 def tiebreak(stack: RunningStack, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -19,7 +19,7 @@ import torch
 from online_trainer.config import TrainerConfig
 from online_trainer.publish import Draft, VersionStore
 from online_trainer.trainer import Trainer
-from telemetry.config import TelemetryConfig, open_log
+from telemetry.config import TelemetryConfig, open_log, open_sealer
 from telemetry.event_log import EventLog
 from telemetry.events import (
     TOPIC_OF,
@@ -53,6 +53,7 @@ class Bench:
         self.log = open_log(telemetry)
         self.base = base_version(base_digest(model))
         self.store = VersionStore(telemetry.state_path / "versions", config, signing_key(telemetry.state_path))
+        self.sealer = open_sealer(telemetry)
         self.start()
 
     def start(self) -> None:
@@ -61,6 +62,7 @@ class Bench:
         self.trainer = Trainer(
             self.config, self.policy, self.log, self.store,
             folder=self.telemetry.state_path / "trainer", base_digest=base_digest(self.model),
+            sealer=self.sealer,
         )  # fmt: skip
 
     def append(self, *events: AnyEvent) -> None:

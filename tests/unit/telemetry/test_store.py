@@ -24,7 +24,8 @@ from telemetry.events import (
     key_of,
 )
 from telemetry.recorder import interpret, progress_of, reached
-from telemetry.store import Recorded, Store, StoreContended, counts, preferences, trl_rows
+from telemetry.sealing import Sealer
+from telemetry.store import Recorded, Store, StoreContended, counts, preferences, trl_rows, verdicts
 from tests import examples
 from tests.tool_model import SCHEMAS, tool
 
@@ -123,7 +124,7 @@ def test_every_kind_of_event_has_its_columns_and_comes_back_whole(tmp_path: Path
     events: list[AnyEvent] = [
         examples.pair(1), verdict, examples.retraction(verdict), examples.feedback(1), examples.served(1),
         examples.batch(1, [verdict.event_id]), examples.published("v000001-aaaaaaaa", [verdict.event_id]),
-        examples.release("v000001-aaaaaaaa", "stable"), dead,
+        examples.release("v000001-aaaaaaaa", "stable"), dead, examples.audit(1),
     ]  # fmt: skip
     store = Store(tmp_path)
     for n, event in enumerate(events):
@@ -131,6 +132,7 @@ def test_every_kind_of_event_has_its_columns_and_comes_back_whole(tmp_path: Path
 
     assert counts(tmp_path) == {
         "pairs": 1, "preferences": 2, "feedback": 1, "completions": 1, "versions": 3, "dead_letters": 1,
+        "audit": 1,
     }  # fmt: skip
     found = [event for topic in TOPICS for event, _ in store.tables[topic].events({}, in_order=True)]
     assert {event.event_id: event for event in found} == {event.event_id: event for event in events}
@@ -146,7 +148,7 @@ def test_the_export_holds_verdicts_that_say_what_is_better_and_were_not_taken_ba
     tie = examples.preference(3, outcome="tie")
     append(Store(tmp_path), recorded(kept, taken_back, tie, examples.retraction(taken_back)))
 
-    assert list(trl_rows(tmp_path)) == [
+    assert list(trl_rows(verdicts(tmp_path, Sealer(None)))) == [
         {
             "prompt": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "question 1?"}],
             "chosen": [{"role": "assistant", "content": "good 1"}],
@@ -162,7 +164,7 @@ def test_an_export_has_the_tools_and_calls_that_the_prompt_had(tmp_path: Path) -
     talk = (asked, Message("assistant", "", tool_calls=(call,)), Message("tool", "sunny", tool_call_id="call_1"))
     append(Store(tmp_path), recorded(msgspec.structs.replace(examples.preference(1), prompt=talk)))
 
-    (row,) = trl_rows(tmp_path)
+    (row,) = trl_rows(verdicts(tmp_path, Sealer(None)))
     function = {"name": "get_weather", "description": offered.description, "parameters": SCHEMAS["get_weather"]}
     assert row["tools"] == [{"type": "function", "function": function}]
     assert row["prompt"][1]["tool_calls"][0]["function"] == {"name": "get_weather", "arguments": {"city": "Bern"}}
@@ -170,7 +172,7 @@ def test_an_export_has_the_tools_and_calls_that_the_prompt_had(tmp_path: Path) -
 
 
 def test_an_empty_store_exports_nothing(tmp_path: Path) -> None:
-    assert list(trl_rows(tmp_path / "none")) == []
+    assert list(trl_rows(verdicts(tmp_path / "none", Sealer(None)))) == []
     assert set(counts(tmp_path / "none").values()) == {0}
 
 
