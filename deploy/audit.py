@@ -1,7 +1,7 @@
 """``tiebreak audit``: the trail of who read, exported, changed or deleted what; and how commands write to it.
 
-A command does what it does only once its entry is durable: in the log, or where that is away in an outbox of its own,
-which the router sends when it starts again.
+A command does what it does only once its entry is durable: in the log, or where that is away in an outbox of its
+own, which the router sends when it starts again.
 """
 
 from __future__ import annotations
@@ -25,10 +25,14 @@ from telemetry.process import signing_key
 from telemetry.store import read
 
 
+def actor() -> str:
+    """Who runs this command."""
+    return f"{getpass.getuser()}@{socket.gethostname()}"
+
+
 def record(config: TelemetryConfig, action: str, subject: str, **details: str) -> None:
     """Write down that whoever runs this command does ``action``. Raises LogUnavailable where it cannot be."""
-    actor = f"{getpass.getuser()}@{socket.gethostname()}"
-    event = AuditRecorded(actor=actor, action=action, subject=subject, details=details)
+    event = AuditRecorded(actor=actor(), action=action, subject=subject, details=details)
     folder = config.state_path / "outbox" / f"command-{os.getpid()}"
     outbox = OutboxLog(open_log(config), folder)
     try:

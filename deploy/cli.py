@@ -24,6 +24,7 @@ Your users break the tie; your model learns from it within seconds.
   tiebreak releases list               what is stable, what is on trial, what happened and why
   tiebreak export --out pairs.jsonl    every verdict as a row that TRL trains on
   tiebreak lineage VERSION|VERDICT     what a version learned from; where a verdict went
+  tiebreak datasets create             a data set that stays what it is; list, diff, export
   tiebreak audit list | verify         who read, exported, changed or deleted what
   tiebreak dlq list                    log entries that could not be read, and whether they can be now
   tiebreak doctor                      is this machine fit, and if not, the mend
@@ -85,6 +86,8 @@ def parser() -> argparse.ArgumentParser:
     lineage.add_argument("name", help="a version (v000012-1a2b3c4d), or a preference's id")
     lineage.add_argument("--json", action="store_true", help="one JSON document instead of a table")
     _add_dlq(command("dlq", _dlq, "list, show or replay entries of the event log that could not be read", ()), shared)
+    _add_datasets(command("datasets", _datasets, "make, list, compare or export versioned data sets", ()), shared)
+    _add_labels(command("labels", _labels, "give pairs to labelers, and take their labels in", ()), shared)
     text = "show who read, exported, changed or deleted what, or prove that trail whole"
     _add_audit(command("audit", _audit, text, ()), shared)
     doctor = command(
@@ -137,6 +140,48 @@ def _add_dlq(dlq: argparse.ArgumentParser, shared: argparse.ArgumentParser) -> N
             action.add_argument(
                 "ids", nargs="*" if every else 1, metavar="ID", help=f"as `list` shows it, or its beginning{every}"
             )
+
+
+def _add_datasets(datasets: argparse.ArgumentParser, shared: argparse.ArgumentParser) -> None:
+    actions = datasets.add_subparsers(title="actions", metavar="create|list|diff|export", required=True, dest="action")
+    text = "make a data set of the verdicts that the store holds now; prints its id, which is always the same set"
+    create = actions.add_parser("create", parents=[shared], help=text, description=_sentence(text))
+    for name in ("policy", "cohort", "source", "labeler", "outcome", "version"):
+        create.add_argument(f"--{name}", default="", help=f"only verdicts of this {name}")
+    create.add_argument("--since", default="", metavar="TIME", help="only those given then or later (ISO 8601)")
+    create.add_argument("--until", default="", metavar="TIME", help="only those given before")
+    create.add_argument("--note", default="", help="kept with it")
+    text = "show every data set"
+    listing = actions.add_parser("list", parents=[shared], help=text, description=_sentence(text))
+    listing.add_argument("--json", action="store_true", help="one JSON document instead of a table")
+    text = "show which verdicts only one of two data sets has; exit 1 if there are any"
+    diff = actions.add_parser("diff", parents=[shared], help=text, description=_sentence(text))
+    diff.add_argument("ids", nargs=2, metavar="ID", help="as `list` shows it, or its beginning")
+    text = "write a data set's verdicts, one JSON a line"
+    export = actions.add_parser("export", parents=[shared], help=text, description=_sentence(text))
+    export.add_argument("ids", nargs=1, metavar="ID", help="as `list` shows it, or its beginning")
+    export.add_argument("--format", choices=["trl", "events"], default="trl", help="TRL's rows, or whole events")
+    export.add_argument("--out", required=True, metavar="FILE", help="the file to write, - for standard output")
+
+
+def _add_labels(labels: argparse.ArgumentParser, shared: argparse.ArgumentParser) -> None:
+    from telemetry.labeling import FORMATS
+
+    actions = labels.add_subparsers(title="actions", metavar="export|import|view", required=True, dest="action")
+    text = "write the newest pairs that nobody judged as tasks for labelers (JSON)"
+    export = actions.add_parser("export", parents=[shared], help=text, description=_sentence(text))
+    export.add_argument("--out", required=True, metavar="FILE", help="the file to write, - for standard output")
+    export.add_argument("--pairs", type=int, default=100, metavar="N", help="at most so many (default 100)")
+    export.add_argument("--with-judged", action="store_true", help="also pairs that have a verdict")
+    text = "record what labelers chose; a file imported twice counts once"
+    taking = actions.add_parser("import", parents=[shared], help=text, description=_sentence(text))
+    taking.add_argument("file", type=Path, metavar="FILE", help="what the tool exported (JSON)")
+    taking.add_argument("--source", choices=["labeler", "judge", "import"], default="labeler", help="whose labels")
+    taking.add_argument("--instructions", default="", metavar="VERSION", help="of the instructions that they had")
+    for action in (export, taking):
+        action.add_argument("--format", choices=FORMATS, default=FORMATS[0], help=f"(default {FORMATS[0]})")
+    text = "print Label Studio's labeling interface for these tasks"
+    actions.add_parser("view", parents=[shared], help=text, description=_sentence(text))
 
 
 def _add_audit(audit: argparse.ArgumentParser, shared: argparse.ArgumentParser) -> None:
@@ -232,6 +277,49 @@ def _export(options: argparse.Namespace) -> int:
     count = export(trl_rows(verdicts(telemetry.store_root, open_sealer(telemetry))), options.out)
     print(f"{count} preferences", file=sys.stderr)
     return 0
+
+
+def _datasets(options: argparse.Namespace) -> int:
+    from deploy import datasets
+    from deploy.view import console
+    from telemetry.datasets import DatasetChanged, DatasetUnknown
+    from telemetry.event_log import LogUnavailable
+
+    telemetry = config.load(options.config, state=options.state).telemetry
+    try:
+        match options.action:
+            case "create":
+                return datasets.create(telemetry, options)
+            case "list":
+                return datasets.show_all(telemetry, console(), as_json=options.json)
+            case "diff":
+                return datasets.diff(telemetry, *options.ids)
+        return datasets.export_one(telemetry, options.ids[0], options.format, options.out)
+    except (DatasetUnknown, DatasetChanged, LogUnavailable, ValueError) as error:
+        print(f"tiebreak: {error}", file=sys.stderr)
+        return 2
+
+
+def _labels(options: argparse.Namespace) -> int:
+    from deploy import datasets
+    from telemetry.event_log import LogUnavailable
+    from telemetry.labeling import LABEL_STUDIO_VIEW, InvalidLabels
+
+    if options.action == "view":
+        print(LABEL_STUDIO_VIEW, end="")
+        return 0
+    telemetry = config.load(options.config, state=options.state).telemetry
+    try:
+        if options.action == "export":
+            return datasets.pairs_out(
+                telemetry, options.format, options.out, most=options.pairs, with_judged=options.with_judged
+            )
+        return datasets.labels_in(
+            telemetry, options.format, options.file, source=options.source, instructions=options.instructions
+        )
+    except (InvalidLabels, LogUnavailable, OSError) as error:
+        print(f"tiebreak: {error}", file=sys.stderr)
+        return 1
 
 
 def _audit(options: argparse.Namespace) -> int:

@@ -21,6 +21,7 @@ from torch import Tensor
 from online_trainer.errors import InvalidCheckpoint
 from online_trainer.ingest import IntakeState
 from online_trainer.lineage import Lineage
+from telemetry.crashpoints import reach
 
 STATE_FILE = "state.json"
 TENSORS_FILE = "tensors.safetensors"
@@ -47,6 +48,7 @@ def save(folder: Path, number: int, state: TrainerState, tensors: dict[str, Tens
     (staging / STATE_FILE).write_bytes(msgspec.json.encode(state))
     for path in (staging / TENSORS_FILE, staging / STATE_FILE, staging):
         _sync(path)
+    reach("trainer.checkpoint_staged")
     staging.rename(target)
     _sync(folder)
     for _, old in _numbered(folder)[:-keep]:

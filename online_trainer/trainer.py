@@ -27,6 +27,7 @@ from online_trainer.lineage import Lineage
 from online_trainer.policy import Policy
 from online_trainer.publish import Draft, VersionStore, derived_id
 from telemetry import metrics, tracing
+from telemetry.crashpoints import reach
 from telemetry.event_log import Entry, EventLog, LogUnavailable, Reader
 from telemetry.events import (
     PREFERENCES,
@@ -211,6 +212,7 @@ class Trainer:
         with tracing.span("train step", linked=[verdict.trace for verdict in batch]) as span:
             trace_id, span_id = tracing.ids(span)
             values = self._learner.learn(self._examples.of([*batch, *replayed]), is_rehearsal=not batch)
+        reach("trainer.stepped")
         for verdict in batch:
             if verdict.trace[0]:  # a mark in the verdict's own trace, so that one trace leads from click to version
                 tracing.record("trained", within=tracing.parent(*verdict.trace), linked=[(trace_id, span_id)])
@@ -282,6 +284,7 @@ class Trainer:
             created_at=self._now(),
         )
         version, manifest = self._store.write(draft, self._policy.tensors())
+        reach("publisher.written")
         event = self._store.announcement(version, manifest, self._lineage.oldest_verdict_at)
         self._lineage, self._published_at = self._lineage.published(version), self._now()
         self._commit([event])
@@ -333,7 +336,9 @@ class Trainer:
         self._number += 1
         tensors = self._policy.tensors() | checkpoint.optimizer_tensors(self._learner.optimizer)
         checkpoint.save(self._folder, self._number, self._state(), tensors, self._config.keep_checkpoints)
+        reach("trainer.checkpointed")
         self.tell()
+        reach("trainer.told")
 
     def tell(self) -> None:
         """Append what was not told yet, and wait until it is durable; raises LogUnavailable."""

@@ -1,9 +1,9 @@
 """Claims: the one verdict that a pair gets, in Redis.
 
-The first claim fixes the choice. Where the event log is the same Redis (``embedded_log``), one script claims, appends
-the event and writes the receipt's first lines, with one sync. Everywhere else, and for a claim that was left without
-its event (an append that failed is not undone by Redis), the claim comes first, under a lock with a lease; then the
-caller appends, and ``mark`` says so behind the answer.
+The first claim fixes the choice. Where the event log is the same Redis (``embedded_log``), one script claims,
+appends the event and writes the receipt's first lines, with one sync. Everywhere else, and for a claim that was left
+without its event (an append that failed is not undone by Redis), the claim comes first, under a lock with a lease;
+then the caller appends, and ``mark`` says so behind the answer.
 """
 
 from __future__ import annotations
@@ -18,13 +18,16 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from router.ledger import Ledger
-from router.schema import Choice
+from telemetry.crashpoints import reach
 from telemetry.event_log import MAX_PAYLOAD_BYTES
-from telemetry.events import TOPIC_OF, PreferenceRecorded, encode
+from telemetry.events import TOPIC_OF, Choice, PreferenceRecorded, encode
 from telemetry.receipts import receipt_key
 from telemetry.redis_log import stream_fields
 
 log = logging.getLogger(__name__)
+MARK_TRIES: Final = 20
+MARK_AGAIN_S: Final = 0.5
+MARK_WAIT_S: Final = 1.0
 VERDICT_KEY: Final = "tiebreak:verdict:"
 LOCK_KEY: Final = "tiebreak:verdict-lock:"
 TOPIC: Final = TOPIC_OF[PreferenceRecorded]
@@ -123,28 +126,42 @@ class Claims:
     def mark(self, event: PreferenceRecorded, durable: str) -> None:
         """The event is durable: from here on the same verdict is a replay; the lock is let go with it.
 
-        Written behind the answer. A mark that fails is logged only: the recorder writes the receipt soon (until then it
-        is not found), and the same verdict sent again appends the same event (its metric then counts it twice).
+        Written behind the answer, and again for a while where Redis is away: until it is written the receipt is not
+        found. One that never is written is mended by the recorder, and the same verdict sent again appends the same
+        event (its metric then counts it twice).
         """
         mark = self._ledger.in_background(self._mark(event, durable))
         self._marks[event.event_id] = mark
         mark.add_done_callback(lambda _: self._marks.pop(event.event_id, None))
 
     async def _mark(self, event: PreferenceRecorded, durable: str) -> None:
-        try:
-            async with self._redis.pipeline(transaction=True) as pipeline:
-                for name, value in _accepted(event, durable).items():  # the recorder may have been here first
-                    pipeline.hsetnx(receipt_key(event.event_id), name, value)
-                pipeline.hset(VERDICT_KEY + event.pair_id, "durable", durable)
-                pipeline.delete(LOCK_KEY + event.pair_id)
-                await pipeline.execute()
-        except (RedisError, OSError) as error:
-            log.warning("verdict not marked: %s", error, extra={"action": "verdict_not_marked", "id": event.event_id})
+        for _ in range(MARK_TRIES):
+            try:
+                await self._write_mark(event, durable)
+                break
+            except (RedisError, OSError) as error:
+                log.warning(
+                    "verdict not marked: %s", error, extra={"action": "verdict_not_marked", "id": event.event_id}
+                )
+            if self._ledger.is_ending:
+                break
+            await asyncio.sleep(MARK_AGAIN_S)
+        reach("router.verdict_marked")
 
-    async def marked(self, preference_id: str) -> None:
-        """Wait for a mark that is being written."""
+    async def _write_mark(self, event: PreferenceRecorded, durable: str) -> None:
+        async with self._redis.pipeline(transaction=True) as pipeline:
+            for name, value in _accepted(event, durable).items():  # the recorder may have been here first
+                pipeline.hsetnx(receipt_key(event.event_id), name, value)
+            pipeline.hset(VERDICT_KEY + event.pair_id, "durable", durable)
+            pipeline.delete(LOCK_KEY + event.pair_id)
+            await pipeline.execute()
+
+    async def marked(self, preference_id: str) -> bool:
+        """Wait a moment for a mark that is being written; False when it still is."""
         if mark := self._marks.get(preference_id):
-            await asyncio.wait({mark})
+            await asyncio.wait({mark}, timeout=MARK_WAIT_S)
+            return mark.done()
+        return True
 
 
 def _accepted(event: PreferenceRecorded, durable: str) -> dict[str, str]:

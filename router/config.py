@@ -9,6 +9,8 @@ from typing import Annotated
 
 import msgspec
 
+from telemetry.redaction import KINDS, Kind
+
 Ratio = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 Seconds = Annotated[float, msgspec.Meta(gt=0.0)]
@@ -51,6 +53,11 @@ class RouterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     max_body_bytes: Positive = 1 << 19
     # A request's body must be here within this long.
     body_s: Seconds = 30.0
+    # Taken out of texts before they are written (telemetry/redaction.py). What users read stays as it is.
+    redact: tuple[Kind, ...] = KINDS
+    # "module:factory" of a function from a text to the redacted one, for what needs a model (Presidio, say); it runs in
+    # the request's own time.
+    redactor: str = ""
     # Chat requests at once: above the first 503, one key above the second 429.
     max_in_flight: Positive = 256
     # One base's replicas are given as many generations (a pair can be two) as they answer without queues, at least this

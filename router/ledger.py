@@ -1,9 +1,9 @@
 """What was served goes into the log, the metrics and the memories that verdicts and thumbs need.
 
-Two ways into the log: ``durable`` waits until the entry cannot be lost, ``note`` does not wait and counts
-what failed. Work that no client waits for runs in the background; ``settled`` waits for it. Answers'
-numbers, and what a thumb needs, gather for ``GATHER_S`` and leave together: each alone would wake two threads and cost
-a busy router as much as the answer. A router that is killed loses what it had gathered; verdicts never gather.
+Two ways into the log: ``durable`` waits until the entry cannot be lost, ``note`` does not wait and counts what
+failed. Work that no client waits for runs in the background; ``settled`` waits for it. Answers' numbers, and what a
+thumb needs, gather for ``GATHER_S`` and leave together: each alone would wake two threads and cost a busy router as
+much as the answer. A router that is killed loses what it had gathered; verdicts never gather.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from router.exchange import Answer, Exchange
 from router.gathered import Gathered
 from router.pairs import PairMemory, RememberedPair
 from telemetry import metrics
+from telemetry.crashpoints import reach
 from telemetry.event_log import EntryTooLarge, LogUnavailable
 from telemetry.events import (
     TOPIC_OF,
@@ -85,7 +86,7 @@ class Ledger:
         self._pairs = pairs
         self._completion_ttl_s = int(completion_ttl_s)
         self._numbers: list[CompletionServed] = []  # gathering
-        self._is_ending = False  # nothing gathers any more
+        self.is_ending = False  # nothing gathers any more
         self._leaving: asyncio.TimerHandle | None = None
         self._memories: dict[str, RememberedCompletion] = {}  # by key; until Redis has them
         self._unwritten: list[str] = []  # keys of those that gather
@@ -147,6 +148,7 @@ class Ledger:
             await self._prepare(exchange.user)
             shown = self._sealer.seal(shown)
             await self._pairs.remember(RememberedPair(shown, exchange.caller))
+            reach("router.pair_remembered")
         except (RedisError, OSError, Forgotten) as error:
             log.warning("pair not remembered: %s", error, extra={"action": "pair_lost", "pair_id": shown.pair_id})
             return False
@@ -172,7 +174,7 @@ class Ledger:
             read.add(answer.arm)
             if not exchange.is_pair and answer in exchange.shown and answer.is_whole:
                 self._remember_completion(exchange, answer)
-        if self._is_ending:
+        if self.is_ending:
             self._leave()
         elif self._leaving is None:
             self._leaving = asyncio.get_running_loop().call_later(GATHER_S, self._leave)
@@ -205,7 +207,7 @@ class Ledger:
 
     async def settled(self) -> None:
         """The end: what gathers goes out, and from now on at once; wait for all that runs in the background."""
-        self._is_ending = True
+        self.is_ending = True
         if self._leaving is not None:
             self._leaving.cancel()
             self._leave()

@@ -1,9 +1,9 @@
 """Verdicts: once per pair, acknowledged only when durable, whatever crashes in between.
 
-A verdict is claimed with its whole event (the first claim fixes the choice) and appended to the log under an event id
-that depends on the pair alone (router/claims.py: one step where the log is embedded); then it is acknowledged. Without
-its mark the same verdict sent again appends the same event, and consumers deduplicate. ``a`` and ``b`` end here; from
-here on the words are chosen and rejected.
+A verdict is claimed with its whole event (the first claim fixes the choice) and appended to the log under an event
+id that depends on the pair alone (router/claims.py: one step where the log is embedded); then it is acknowledged.
+Without its mark the same verdict sent again appends the same event, and consumers deduplicate. ``a`` and ``b`` end
+here; from here on the words are chosen and rejected.
 """
 
 from __future__ import annotations
@@ -22,47 +22,31 @@ from router.errors import Conflict, Forbidden, Gone, NotFound, RouterError, Unav
 from router.ledger import Ledger
 from router.pairs import PairMemory, RememberedPair, Ticket, preference_id, pseudonym, read_ticket
 from router.receipts import ReceiptBook, receipt
-from router.schema import Choice, Receipt, VerdictRequest
+from router.schema import Receipt, VerdictRequest
 from telemetry import metrics, tracing
-from telemetry.events import Completion, Outcome, PairShown, PreferenceRecorded, utc_now
+from telemetry.crashpoints import reach
+from telemetry.events import Completion, PairShown, PreferenceRecorded, utc_now
+from telemetry.labeling import judged
 from telemetry.people import Forgotten
 from telemetry.sealing import Sealer
 
 POLL_S: Final = 0.005
-
-OUTCOMES: Final[dict[Choice, Outcome]] = {
-    "a": "chosen_rejected",
-    "b": "chosen_rejected",
-    "tie": "tie",
-    "both_bad": "both_bad",
-    "skip": "skip",
-}
 
 
 def to_preference(
     shown: PairShown, body: VerdictRequest, *, at: datetime, trace: tuple[str, str] = ("", "")
 ) -> PreferenceRecorded:
     """The verdict as an event, whole in itself; its id depends on the pair alone."""
-    is_b = body.choice == "b"
-    return PreferenceRecorded(
+    return judged(
+        shown,
+        body.choice,
         event_id=preference_id(shown.pair_id),
-        occurred_at=at,
+        at=at,
+        decided_s=(at - shown.occurred_at).total_seconds(),
         trace_id=trace[0],
         span_id=trace[1],
-        pair_id=shown.pair_id,
-        policy=shown.policy,
-        user=shown.user,
-        prompt=shown.prompt,
-        chosen=shown.b if is_b else shown.a,
-        rejected=shown.a if is_b else shown.b,
-        outcome=OUTCOMES[body.choice],
-        chosen_position="a" if body.choice == "a" else "b" if is_b else "",
-        propensity=shown.propensity,
-        shown_at=shown.occurred_at,
-        decided_s=(at - shown.occurred_at).total_seconds(),
         source=body.source,
         labeler=body.labeler or "",
-        cohort=shown.cohort,
         reasons=body.reasons or (),
         comment=body.comment or "",
         quality=body.quality,
@@ -157,6 +141,7 @@ class Preferences:
         give_up_s = time.monotonic() + 2 * self._lease_s
         while time.monotonic() < give_up_s:
             made = await self._claims.make(claim)
+            reach("router.verdict_claimed")
             claim = made.claim
             try:
                 _check(claim, body, caller)
@@ -184,6 +169,7 @@ class Preferences:
         finally:
             if not durable:
                 await self._claims.let_go(claim.event)
+        reach("router.verdict_durable")
         self._claims.mark(claim.event, durable)
         return _acknowledged(claim, durable)
 

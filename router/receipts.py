@@ -1,7 +1,7 @@
 """Receipts: what a verdict's giver holds, how far it has come, and how it is taken back.
 
-A receipt's first lines are written when its verdict is acknowledged (router/claims.py); the recorder adds the rest as
-events come by (telemetry/receipts.py). Which versions the sides were is kept with the verdict's claim.
+A receipt's first lines are written when its verdict is acknowledged (router/claims.py); the recorder adds the rest
+as events come by (telemetry/receipts.py). Which versions the sides were is kept with the verdict's claim.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from router.claims import Claims, Verdict
 from router.errors import Forbidden, NotFound, Unavailable
 from router.ledger import Ledger, found_soon
 from router.pairs import derived_id
-from router.schema import Choice, Links, Receipt, Revealed, RevealedPair, Timeline
-from telemetry.events import Completion, PreferenceRecorded, PreferenceRetracted, utc_now
+from router.schema import Links, Receipt, Revealed, RevealedPair, Timeline
+from telemetry.events import Choice, Completion, PreferenceRecorded, PreferenceRetracted, utc_now
 from telemetry.receipts import Stage, receipt_key, timeline
 
 STATUSES: Final = ("retracted", "dropped", "live", "trained", "stored", "accepted")  # the first that was reached
@@ -101,8 +101,10 @@ class ReceiptBook:
         await cast(Any, self._redis.hsetnx(key, "retracted_at", at))
 
     async def _find(self, preference_id: str, caller: Caller) -> tuple[dict[bytes, bytes], Verdict | None]:
-        await self._claims.marked(preference_id)
+        is_written = await self._claims.marked(preference_id)
         fields = await found_soon(lambda: self._accepted(preference_id))
+        if fields is None and not is_written:
+            raise Unavailable("This receipt is being written.", code="state_unavailable", retry_after_s=1.0)
         if fields is None:
             raise NotFound("There is no such preference.", code="preference_not_found")
         verdict = await self._claims.verdict(fields[b"pair_id"].decode())

@@ -14,7 +14,7 @@ from msgspec import UNSET, Meta, UnsetType
 
 from router.errors import InvalidRequest, UnsupportedParameter, invalid_body
 from serving.wire import ToolUse
-from telemetry.events import Message, Role, Tool, ToolCall
+from telemetry.events import Choice, Message, Role, Tool, ToolCall
 from telemetry.receipts import Stage
 
 Text = Annotated[str, Meta(max_length=262_144)]
@@ -24,7 +24,6 @@ Penalty = Annotated[float, Meta(ge=-2.0, le=2.0)]
 Bias = Annotated[float, Meta(ge=-100.0, le=100.0)]
 TokenId = Annotated[str, Meta(pattern="^[0-9]{1,9}$")]
 StopText = Annotated[str, Meta(min_length=1, max_length=256)]
-Choice = Literal["a", "b", "tie", "both_bad", "skip"]
 PairWish = Literal["auto", "always", "never"]
 MAX_SCHEMA_DEPTH: Final = 64
 

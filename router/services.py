@@ -34,6 +34,7 @@ from telemetry.config import TelemetryConfig, open_log, open_sealer, redis_clien
 from telemetry.event_log import EventLog
 from telemetry.outbox import OutboxLog
 from telemetry.process import signing_key
+from telemetry.redaction import Redactor, load_hook
 from telemetry.sealing import Sealer
 
 
@@ -80,7 +81,7 @@ async def open_services(
     polling = asyncio.create_task(tables.poll(config.table_poll_s, stop))
     embedded_log = event_log is None and telemetry.log == "redis"
     key, admission = signing_key(telemetry.state_path), _admission(config, telemetry.state_path / "run", worker)
-    sealer = open_sealer(telemetry)
+    sealer = open_sealer(telemetry, Redactor(config.redact, load_hook(config.redactor)).record)
     services = _wire(
         config, key, sealer, telemetry.store_root, redis, outbox, tables, pool, admission, embedded_log=embedded_log
     )

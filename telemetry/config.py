@@ -19,7 +19,7 @@ from redis.retry import Retry
 
 from telemetry.event_log import EventLog
 from telemetry.people import PersonKeys, has_keys, load_provider
-from telemetry.sealing import Sealer
+from telemetry.sealing import Redact, Sealer
 
 SecurityProtocol = Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"]
 
@@ -110,12 +110,13 @@ def redis_client_async(config: TelemetryConfig, *, timeout_s: float | None = Non
     )
 
 
-def open_sealer(config: TelemetryConfig) -> Sealer:
-    """What seals and opens people's texts in this deployment."""
+def open_sealer(config: TelemetryConfig, redact: Redact | None = None) -> Sealer:
+    """What seals and opens people's texts in this deployment; ``redact`` is what goes before."""
     state = config.state_path
     if not (config.encryption or has_keys(state)):
-        return Sealer(None)
-    return Sealer(PersonKeys(state, load_provider(config.key_provider, state)), is_sealing=config.encryption)
+        return Sealer(None, redact=redact)
+    keys = PersonKeys(state, load_provider(config.key_provider, state))
+    return Sealer(keys, is_sealing=config.encryption, redact=redact)
 
 
 def open_log(config: TelemetryConfig) -> EventLog:

@@ -25,6 +25,7 @@ DEAD_LETTERS: Final = "tiebreak.dead-letters.v1"
 AUDIT: Final = "tiebreak.audit.v1"
 TOPICS: Final = (PAIRS, PREFERENCES, FEEDBACK, COMPLETIONS, VERSIONS, DEAD_LETTERS, AUDIT)
 
+Choice = Literal["a", "b", "tie", "both_bad", "skip"]
 Outcome = Literal["chosen_rejected", "tie", "both_bad", "skip"]
 LabelSource = Literal["end_user", "labeler", "judge", "import", "simulated"]
 Role = Literal["system", "user", "assistant", "tool", "developer"]
@@ -150,6 +151,7 @@ class PreferenceRecorded(Event, frozen=True, tag=True, kw_only=True):
     decided_s: float  # seconds from shown to verdict
     source: LabelSource = "end_user"
     labeler: str = ""
+    instructions: str = ""  # version of the task's instructions that a labeler had
     cohort: str = "default"
     reasons: tuple[str, ...] = ()
     comment: str = ""

@@ -28,6 +28,7 @@ from kafka.errors import (  # type: ignore[import-untyped]
 
 from telemetry.append_queue import Append, AppendQueue
 from telemetry.config import TelemetryConfig
+from telemetry.crashpoints import reach
 from telemetry.event_log import Entry, LogUnavailable, Offsets, Position, PositionLost
 from telemetry.events import AUDIT, DEAD_LETTERS, VERSIONS
 
@@ -143,6 +144,7 @@ class KafkaLog:
                 return
             try:
                 producer = self._connected(item.topic)
+                reach("producer.handing_over")
                 sent = producer.send(self._cluster.name(item.topic), item.payload, item.key.encode())
             except (KafkaError, OSError, ValueError) as error:  # ValueError: partitions not known yet
                 self._trouble = error
@@ -155,6 +157,7 @@ class KafkaLog:
             return
 
     def _on_acknowledged(self, item: Append, metadata: Any) -> None:
+        reach("producer.acknowledged")
         item.future.set_result(Position(item.topic, metadata.partition, metadata.offset))
 
     def _on_failed(self, item: Append, error: BaseException) -> None:

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import msgspec
 
+from telemetry.crashpoints import reach
+
 ADAPTER_FILE = "adapter.safetensors"
 MANIFEST_FILE = "manifest.json"
 VERSION_PATTERN = re.compile(r"^v([0-9]{6})-([0-9a-f]{8})$")
@@ -92,6 +94,7 @@ def write_version(store: Path, manifest: Manifest, files: dict[str, Path], key: 
     for path in staging.iterdir():
         with path.open("rb") as file:
             os.fsync(file.fileno())
+    reach("publisher.staged")
     staging.rename(folder)
     directory = os.open(folder.parent, os.O_RDONLY)
     try:

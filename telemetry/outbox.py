@@ -23,6 +23,7 @@ from typing import IO, Final, Literal
 
 import msgspec
 
+from telemetry.crashpoints import reach
 from telemetry.event_log import EventLog, LogUnavailable, Offsets, Position, Reader
 
 log = logging.getLogger(__name__)
@@ -129,8 +130,10 @@ class Segments:
                 self._file = (self._folder / f"{self._number:012d}.segment").open("xb", buffering=0)
                 self._sync_folder()
             try:
+                reach("outbox.writing")
                 _write_all(self._file, frames)
                 os.fsync(self._file.fileno())
+                reach("outbox.synced")
             except OSError:
                 self._roll()  # whatever comes next goes into a new segment, never behind a torn entry
                 raise
@@ -269,6 +272,7 @@ class OutboxLog:
                 self._send(entries)
                 if self._is_closing:
                     return
+                reach("outbox.sent")
                 if sum(len(frame(entry)) for entry in entries) == path.stat().st_size:
                     path.unlink()
                 else:

@@ -1,8 +1,8 @@
 """The recorder: event log → preference store → receipts, exactly once. ``python -m telemetry.recorder --config FILE``
 
 A batch is read, decoded (what no build knows goes to the dead-letter topic), committed with its offsets, and then
-projected onto receipts; killed anywhere, it continues from the store's offsets. When log, Redis or broker are away it
-waits for them. When the log no longer holds its position it stops: that is for a person to decide.
+projected onto receipts; killed anywhere, it continues from the store's offsets. When log, Redis or broker are away
+it waits for them. When the log no longer holds its position it stops: that is for a person to decide.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from telemetry import logs, metrics
 from telemetry.audit import HeadFile
 from telemetry.config import TelemetryConfig, open_log, redis_client
 from telemetry.configuration import read_table
+from telemetry.crashpoints import reach
 from telemetry.event_log import Entry, EventLog, LogUnavailable, Offsets, PositionLost, Reader
 from telemetry.events import (
     DEAD_LETTERS,
@@ -151,11 +152,14 @@ class Recorder:
         return entries
 
     def _record(self, store: Store, entries: Sequence[Entry]) -> None:
+        reach("recorder.read")
         recorded = [Recorded(entry, event) for entry in entries if (event := self._valid(entry)) is not None]
         offsets = reached(entries)
         stored, at = store.append(recorded, offsets)
+        reach("recorder.committed")
         told = [(item.event, at) for item in recorded if item.entry.position.topic in PROJECTED]
         self._receipts.project(told, progress_of(offsets))
+        reach("recorder.projected")
         for item in stored:
             _count(item, at.timestamp())
 

@@ -74,7 +74,7 @@ SCHEMAS: Final[dict[str, pa.Schema]] = {
         labeler="text", outcome="text", prompt="text", chosen_text="text", chosen_variant="text",
         chosen_version="text", rejected_text="text", rejected_variant="text", rejected_version="text",
         chosen_position="text", propensity="float", shown_at="time", decided_s="float", reasons="texts",
-        comment="text", quality="int", edited="text",
+        comment="text", quality="int", edited="text", instructions="text",
     ),
     "feedback": _schema(
         completion_id="text", policy="text", user="text", prompt="text", completion_text="text", variant="text",
@@ -144,8 +144,8 @@ def _pair(event: PairShown) -> Row:
 def _preference(event: PreferenceRecorded) -> Row:
     chosen, rejected = event.chosen, event.rejected
     names = (
-        "pair_id", "policy", "user", "cohort", "source", "labeler", "outcome", "chosen_position", "propensity",
-        "shown_at", "decided_s", "quality",
+        "pair_id", "policy", "user", "cohort", "source", "labeler", "instructions", "outcome", "chosen_position",
+        "propensity", "shown_at", "decided_s", "quality",
     )  # fmt: skip
     return {
         **_same(event, *names),

@@ -1,12 +1,13 @@
 """What a person said and was told, encrypted where it is written: log, store, outbox, Redis, checkpoints.
 
 Of an event the texts go, all of them (prompt, answers with their tokens and log-probs, comments); who, when, which
-versions and the outcome stay readable, so that guards, receipts and lineage need no key. A reader opens an event with
-the person's key, or hears that the person is forgotten.
+versions and the outcome stay readable, so that guards, receipts and lineage need no key. A reader opens an event
+with the person's key, or hears that the person is forgotten.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Final, NamedTuple, TypeVar
 
 import msgspec
@@ -53,12 +54,16 @@ _contents = msgspec.msgpack.Decoder(_Content)
 _encoder = msgspec.msgpack.Encoder()
 
 
+Redact = Callable[[Any, Shape], Any]
+
+
 class Sealer:
     """Seals and opens; without keys it leaves everything as it is."""
 
-    def __init__(self, keys: PersonKeys | None, *, is_sealing: bool = True) -> None:
-        """``is_sealing`` False: only what was sealed before is opened."""
+    def __init__(self, keys: PersonKeys | None, *, is_sealing: bool = True, redact: Redact | None = None) -> None:
+        """``is_sealing`` False: only what was sealed before is opened. ``redact``: what events go through before."""
         self.keys, self.is_sealing = keys, is_sealing and keys is not None
+        self._redact = redact
 
     def prepare(self, person: str) -> None:
         """Make sure that the person has a key; may wait for the disk."""
@@ -72,7 +77,11 @@ class Sealer:
     def seal(self, event: R) -> R:
         """The event without its texts, and these sealed within it. Raises Forgotten where the person has no key."""
         shape = SHAPES.get(type(event))
-        return event if shape is None else self.seal_record(event, shape, name=event.event_id)  # type: ignore[attr-defined]
+        if shape is None:
+            return event
+        redacted = self._redact(event, shape) if self._redact else event
+        sealed: R = self.seal_record(redacted, shape, name=event.event_id)  # type: ignore[attr-defined]
+        return sealed
 
     def open(self, event: R) -> R:
         """The event with its texts. Raises Forgotten, or KeyUnusable."""

@@ -21,6 +21,8 @@ from deltalake.exceptions import CommitFailedError
 
 from telemetry.audit import START, Head, HeadFile, link
 from telemetry.conversation import conversation, tools_of
+from telemetry.crashpoints import reach
+from telemetry.datasets import kept_versions
 from telemetry.event_log import Entry, Offsets
 from telemetry.events import AUDIT, PREFERENCES, AnyEvent, PreferenceRecorded, decode, utc_now
 from telemetry.people import Forgotten
@@ -33,6 +35,7 @@ WINDOW_EVENTS: Final = 100_000  # event_ids remembered per table
 WINDOW: Final = timedelta(days=7)  # and for how long
 COMPACT_EVERY: Final = 200  # commits
 COMPACT_BYTES: Final = 32 << 20  # files above this are left alone
+KEEP_LOG: Final = "delta.enableExpiredLogCleanup"
 KEEP_OLD_FILES_H: Final = 1  # so long a reader may hold on to a snapshot
 
 
@@ -51,13 +54,14 @@ class Table:
     """One topic's table, with its offsets and the event_ids it saw lately."""
 
     def __init__(self, root: str, topic: str) -> None:
-        self.topic = topic
+        self._root, self.topic = root, topic
         self.name = TABLE_OF[topic]
         self._schema = SCHEMAS[self.name]
         uri = f"{root}/{self.name}"
         is_new = not DeltaTable.is_deltatable(uri)
         self._delta = DeltaTable.create(uri, schema=self._schema) if is_new else DeltaTable(uri)
         self._add_columns()
+        self._keep_history()
         self._seen: dict[str, None] = dict.fromkeys(self._recent_ids())
         self._commits = 0
 
@@ -105,15 +109,25 @@ class Table:
         return newest
 
     def compact(self) -> None:
-        """Join small files, and delete those that no reader needs any more."""
+        """Join small files, and delete those that no reader and no data set needs any more."""
         self._delta.optimize.compact(target_size=COMPACT_BYTES)
-        self._delta.vacuum(retention_hours=KEEP_OLD_FILES_H, dry_run=False, enforce_retention_duration=False)
+        self._delta.vacuum(
+            retention_hours=KEEP_OLD_FILES_H,
+            dry_run=False,
+            enforce_retention_duration=False,
+            keep_versions=kept_versions(self._root, self.topic),
+        )
 
     def _add_columns(self) -> None:
         """A table of an earlier version of this program gets the columns that it lacks; old rows hold nothing there."""
         known = {field.name for field in self._delta.schema().fields}
         if missing := [field for field in Schema.from_arrow(self._schema).fields if field.name not in known]:
             self._delta.alter.add_columns(missing)
+
+    def _keep_history(self) -> None:
+        """A data set's version can be read as long as its log entries are there: they are never cleaned away."""
+        if self._delta.metadata().configuration.get(KEEP_LOG) != "false":
+            self._delta.alter.set_table_properties({KEEP_LOG: "false"})
 
     def _app(self, partition: int) -> str:
         return f"{self.topic}/{partition}"
@@ -188,6 +202,7 @@ class Store:
         for topic, offsets in reached.items():
             items = [item for item in recorded if item.entry.position.topic == topic]
             stored += self.tables[topic].append(items, offsets, at)
+            reach("recorder.topic_committed")
         return stored, at
 
 

@@ -24,7 +24,8 @@ HEAVY = ("torch", "ray", "transformers")
 TORCH = ("torch", "transformers", "peft", "accelerate")
 # the engine, LoRA and adapter modules of serving
 TORCH_IN_SERVING = {
-    "adapters", "kv", "lora", "peft_folder", "product", "remote_engine", "runner", "sampling", "shaping", "slots",
+    "adapters", "kv", "lora", "peft_folder", "product", "remote_engine", "runner", "sampling", "scoring", "shaping",
+    "slots",
     "transformers_engine",
 }  # fmt: skip
 CORES = {  # what must run alone, on a GPU machine with nothing else installed

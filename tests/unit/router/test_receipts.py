@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 from redis.exceptions import ConnectionError as RedisAway
 
+from router import claims as claiming
 from router.admission import OPEN_CALLER
 from router.claims import Claims
-from router.errors import NotFound
+from router.errors import NotFound, Unavailable
 from router.gathered import Gathered
 from router.ledger import Ledger
 from router.receipts import ReceiptBook
@@ -24,7 +25,7 @@ class Redis:
     def __init__(self, *, fails: bool = False) -> None:
         self.hashes: dict[str, dict[bytes, bytes]] = {}
         self.let_go = asyncio.Event()
-        self._fails = fails
+        self.fails = fails
         self._queued: list[tuple[str, str, str]] = []
 
     def register_script(self, _: str) -> None:
@@ -49,7 +50,7 @@ class Redis:
 
     async def execute(self) -> None:
         await self.let_go.wait()
-        if self._fails:
+        if self.fails:
             raise RedisAway("away")
         for key, field, value in self._queued:
             self.hashes.setdefault(key, {})[field.encode()] = value.encode()
@@ -87,13 +88,27 @@ async def test_a_receipt_that_is_read_at_once_waits_for_its_mark() -> None:
     assert (await reading).status == "accepted"
 
 
-async def test_a_lost_mark_is_logged_and_its_receipt_is_the_recorders_to_write(
-    caplog: pytest.LogCaptureFixture,
+async def test_a_mark_is_written_again_until_redis_takes_it(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(claiming, "MARK_AGAIN_S", 0.01)
+    monkeypatch.setattr(claiming, "MARK_WAIT_S", 0.02)
+    redis = Redis(fails=True)
+    (book, claims), event = book_on(redis), verdict()
+    redis.let_go.set()
+    claims.mark(event, "log")
+    with pytest.raises(Unavailable, match="being written"):
+        await book.read(event.event_id, OPEN_CALLER)
+    assert "verdict not marked" in caplog.text
+    redis.fails = False
+    assert (await book.read(event.event_id, OPEN_CALLER)).status == "accepted"
+
+
+async def test_a_mark_that_is_never_written_is_the_recorders_to_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claiming, "MARK_AGAIN_S", 0.0)
     redis = Redis(fails=True)
     (book, claims), event = book_on(redis), verdict()
     redis.let_go.set()
     claims.mark(event, "log")
     with pytest.raises(NotFound):
         await book.read(event.event_id, OPEN_CALLER)
-    assert "verdict not marked" in caplog.text

@@ -1,0 +1,183 @@
+"""Pairs out to people who label, and their labels back in, in the formats of Label Studio and Argilla.
+
+A task is a pair as it was shown: prompt, ``a``, ``b``. A label is one labeler's choice on it under one version of
+the instructions; it becomes a verdict of its own with an id that depends on these three alone, so that a file
+imported twice counts once, and labelers who contradict each other are all kept.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterable, Iterator
+from datetime import datetime
+from typing import Any, Final, Literal
+
+import msgspec
+
+from telemetry.conversation import conversation
+from telemetry.events import Choice, LabelSource, Outcome, PairShown, PreferenceRecorded
+
+Format = Literal["label-studio", "argilla"]
+FORMATS: Final[tuple[Format, ...]] = ("label-studio", "argilla")
+QUESTION: Final = "preference"
+CHOICES: Final[tuple[Choice, ...]] = ("a", "b", "tie", "both_bad", "skip")
+OUTCOMES: Final[dict[Choice, Outcome]] = {
+    "a": "chosen_rejected",
+    "b": "chosen_rejected",
+    "tie": "tie",
+    "both_bad": "both_bad",
+    "skip": "skip",
+}
+LABEL_STUDIO_VIEW: Final = """\
+<View>
+  <Text name="prompt" value="$prompt"/>
+  <Header value="a"/><Text name="a" value="$a"/>
+  <Header value="b"/><Text name="b" value="$b"/>
+  <Choices name="preference" toName="prompt" choice="single-radio" required="true">
+    <Choice value="a"/><Choice value="b"/><Choice value="tie"/><Choice value="both_bad"/><Choice value="skip"/>
+  </Choices>
+</View>
+"""
+_NAMESPACE: Final = uuid.UUID("b52a5d0e-2a51-5c0b-9d0a-6d3a5b6b3b5d")
+
+
+class Label(msgspec.Struct, frozen=True):
+    """One labeler's choice on one pair."""
+
+    pair_id: str
+    labeler: str
+    choice: Choice
+    at: datetime | None = None
+    decided_s: float = 0.0
+
+
+class InvalidLabels(ValueError):
+    """The file is no export of that tool with this project's question; the message says where."""
+
+
+def judged(
+    shown: PairShown, choice: Choice, *, event_id: str, at: datetime, decided_s: float, **fields: Any
+) -> PreferenceRecorded:
+    """The verdict ``choice`` on a pair, whole in itself; ``fields`` are further ones of the event."""
+    is_b = choice == "b"
+    return PreferenceRecorded(
+        event_id=event_id,
+        occurred_at=at,
+        pair_id=shown.pair_id,
+        policy=shown.policy,
+        user=shown.user,
+        prompt=shown.prompt,
+        chosen=shown.b if is_b else shown.a,
+        rejected=shown.a if is_b else shown.b,
+        outcome=OUTCOMES[choice],
+        chosen_position="a" if choice == "a" else "b" if is_b else "",
+        propensity=shown.propensity,
+        shown_at=shown.occurred_at,
+        decided_s=decided_s,
+        cohort=shown.cohort,
+        **fields,
+    )
+
+
+def label_event(
+    shown: PairShown, label: Label, *, source: LabelSource, instructions: str, now: datetime
+) -> PreferenceRecorded:
+    """The label as the event that it is, the same each time."""
+    name = "\n".join((label.pair_id, source, label.labeler, instructions))
+    return judged(
+        shown,
+        label.choice,
+        event_id=str(uuid.uuid5(_NAMESPACE, name)),
+        at=label.at or now,
+        decided_s=label.decided_s,
+        source=source,
+        labeler=label.labeler,
+        instructions=instructions,
+    )
+
+
+def tasks(pairs: Iterable[PairShown], form: Format) -> Iterator[dict[str, Any]]:
+    """The pairs as tasks of that tool."""
+    for shown in pairs:
+        prompt = "\n\n".join(
+            f"{message['role']}: {message.get('content') or ''}" for message in conversation(shown.prompt)
+        )
+        fields = {"prompt": prompt, "a": shown.a.text, "b": shown.b.text}
+        if form == "label-studio":
+            yield {"data": {"pair_id": shown.pair_id, **fields}}
+        else:
+            yield {"id": shown.pair_id, "fields": fields, "metadata": {"policy": shown.policy, "cohort": shown.cohort}}
+
+
+def labels(document: bytes, form: Format) -> list[Label]:
+    """What people chose, as that tool exports it (JSON). Raises InvalidLabels."""
+    try:
+        return list((_of_label_studio if form == "label-studio" else _of_argilla)(document))
+    except msgspec.MsgspecError as error:
+        raise InvalidLabels(f"no {form} export: {error}") from error
+
+
+# ---- Label Studio: JSON export -------------------------------------------------------------------------------------
+
+
+class _Value(msgspec.Struct):
+    choices: list[Choice] = []
+
+
+class _Result(msgspec.Struct):
+    from_name: str = ""
+    value: _Value | None = None
+
+
+class _Person(msgspec.Struct):
+    email: str = ""
+    id: int = 0
+
+
+class _Annotation(msgspec.Struct):
+    result: list[_Result] = []
+    completed_by: int | _Person = 0
+    created_at: datetime | None = None
+    lead_time: float | None = None
+    was_cancelled: bool = False
+
+
+class _Data(msgspec.Struct):
+    pair_id: str
+
+
+class _Task(msgspec.Struct):
+    data: _Data
+    annotations: list[_Annotation] = []
+
+
+def _of_label_studio(document: bytes) -> Iterator[Label]:
+    for task in msgspec.json.decode(document, type=list[_Task]):
+        for annotation in task.annotations:
+            chosen = [c for r in annotation.result if r.from_name == QUESTION and r.value for c in r.value.choices]
+            if annotation.was_cancelled or not chosen:
+                continue
+            if len(chosen) > 1:
+                raise InvalidLabels(f"pair {task.data.pair_id}: more than one choice in an annotation")
+            by = annotation.completed_by
+            labeler = str(by) if isinstance(by, int) else by.email or str(by.id)
+            yield Label(task.data.pair_id, labeler, chosen[0], annotation.created_at, annotation.lead_time or 0.0)
+
+
+# ---- Argilla 2: records as JSON ------------------------------------------------------------------------------------
+
+
+class _Response(msgspec.Struct):
+    value: Choice
+    user_id: str = ""
+
+
+class _Record(msgspec.Struct):
+    id: str
+    responses: dict[str, list[_Response]] = {}
+
+
+def _of_argilla(document: bytes) -> Iterator[Label]:
+    for record in msgspec.json.decode(document, type=list[_Record]):
+        for response in record.responses.get(QUESTION, []):
+            yield Label(record.id, response.user_id, response.value)

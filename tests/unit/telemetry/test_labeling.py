@@ -1,0 +1,111 @@
+"""Pairs as tasks of the tools that people label with, and what comes back: each label once, none overwritten."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from telemetry.events import Choice, utc_now
+from telemetry.labeling import LABEL_STUDIO_VIEW, Format, InvalidLabels, Label, label_event, labels, tasks
+from tests import examples
+
+SHOWN = examples.pair(1)
+
+
+def label_studio(*annotations: dict[str, Any]) -> bytes:
+    (task,) = tasks([SHOWN], "label-studio")
+    return msgspec.json.encode([{"id": 7, **task, "annotations": list(annotations), "meta": {}}])
+
+
+def annotation(choice: str, **fields: Any) -> dict[str, Any]:
+    result = {
+        "id": "x",
+        "from_name": "preference",
+        "to_name": "prompt",
+        "type": "choices",
+        "value": {"choices": [choice]},
+    }
+    return {"id": 1, "result": [result], "completed_by": {"id": 3, "email": "eva@example.org"}} | fields
+
+
+def argilla(*responses: dict[str, Any]) -> bytes:
+    (task,) = tasks([SHOWN], "argilla")
+    return msgspec.json.encode([{**task, "status": "completed", "responses": {"preference": list(responses)}}])
+
+
+@pytest.mark.parametrize("form", ["label-studio", "argilla"])
+def test_a_task_is_the_pair_as_it_was_shown_and_tells_no_version(form: Format) -> None:
+    (task,) = tasks([SHOWN], form)
+    fields = task["data"] if form == "label-studio" else task["fields"]
+    assert (fields["a"], fields["b"]) == (SHOWN.a.text, SHOWN.b.text)
+    assert "question 1?" in fields["prompt"]
+    assert SHOWN.a.version not in msgspec.json.encode(task).decode()
+
+
+def test_what_label_studio_exports_is_read() -> None:
+    document = label_studio(
+        annotation("b", created_at="2026-01-02T03:04:05.123456Z", lead_time=12.5),
+        annotation("tie", completed_by=4),
+        annotation("a", was_cancelled=True),
+        {"result": []},
+    )
+    first, second = labels(document, "label-studio")
+    assert (first.pair_id, first.labeler, first.choice, first.decided_s) == (
+        SHOWN.pair_id,
+        "eva@example.org",
+        "b",
+        12.5,
+    )
+    assert first.at is not None and first.at.year == 2026
+    assert (second.labeler, second.choice) == ("4", "tie")
+    for choice in ("a", "b", "tie", "both_bad", "skip"):
+        assert f'value="{choice}"' in LABEL_STUDIO_VIEW
+
+
+def test_what_argilla_exports_is_read() -> None:
+    found = labels(argilla({"value": "a", "user_id": "u1"}, {"value": "b", "user_id": "u2"}), "argilla")
+    assert [(label.labeler, label.choice) for label in found] == [("u1", "a"), ("u2", "b")]
+
+
+@pytest.mark.parametrize(
+    ("form", "document"),
+    [
+        ("label-studio", b"{"),
+        ("label-studio", b'{"data": {}}'),
+        ("label-studio", b'[{"data": {}}]'),
+        ("label-studio", label_studio(annotation("better"))),
+        ("argilla", argilla({"value": "left"})),
+        ("argilla", b"\xff"),
+    ],
+)
+def test_another_file_is_refused_with_the_place(form: Format, document: bytes) -> None:
+    with pytest.raises(InvalidLabels, match=form):
+        labels(document, form)
+
+
+@pytest.mark.parametrize(
+    ("choice", "chosen", "outcome", "position"),
+    [
+        ("a", "a", "chosen_rejected", "a"),
+        ("b", "b", "chosen_rejected", "b"),
+        ("tie", "a", "tie", ""),
+        ("skip", "a", "skip", ""),
+    ],
+)
+def test_a_label_is_a_verdict_with_its_labeler(choice: Choice, chosen: str, outcome: str, position: str) -> None:
+    label = Label(SHOWN.pair_id, "eva", choice, decided_s=2.0)
+    event = label_event(SHOWN, label, source="labeler", instructions="2026-01", now=utc_now())
+    assert event.chosen == getattr(SHOWN, chosen)
+    assert (event.outcome, event.chosen_position, event.user) == (outcome, position, SHOWN.user)
+    assert (event.source, event.labeler, event.instructions, event.decided_s) == ("labeler", "eva", "2026-01", 2.0)
+
+
+def test_an_import_repeated_is_the_same_event_and_contradictions_are_two() -> None:
+    def of(labeler: str, choice: Choice, instructions: str = "1") -> str:
+        label = Label(SHOWN.pair_id, labeler, choice)
+        return label_event(SHOWN, label, source="labeler", instructions=instructions, now=utc_now()).event_id
+
+    assert of("eva", "a") == of("eva", "a")
+    assert len({of("eva", "a"), of("ida", "b"), of("eva", "a", "2")}) == 3
