@@ -14,6 +14,7 @@ from rich.table import Table
 
 from deploy import config
 from telemetry.configuration import InvalidConfiguration
+from telemetry.errors import StoreDamaged
 
 OVERVIEW = """\
 Your users break the tie; your model learns from it within seconds.
@@ -44,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     run: Callable[[argparse.Namespace], int] = options.run
     try:
         return run(options)
-    except InvalidConfiguration as error:
+    except (InvalidConfiguration, StoreDamaged) as error:
         print(f"tiebreak: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -203,7 +203,8 @@ class Trainer:
         return capped(sorted(shuffled, key=lambda verdict: verdict.passes), count, config.max_pairs_per_user)
 
     def _is_due(self, since: datetime | None, after_s: float) -> bool:
-        return since is not None and self._now() - since >= timedelta(seconds=after_s)
+        """Whether ``after_s`` have passed; also where a clock was set back, or is behind another, by more."""
+        return since is not None and abs(self._now() - since) >= timedelta(seconds=after_s)
 
     # ---- a step -----------------------------------------------------------------------------------------------
 

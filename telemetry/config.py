@@ -63,8 +63,9 @@ class TelemetryConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     kafka_sasl_username: str = ""
     kafka_sasl_password_file: str = ""
 
-    # Recorder: a batch is stored after this many entries or seconds, whichever is first.
-    recorder_batch_entries: int = 500
+    # Recorder: a batch is stored after this many entries or seconds, whichever is first. A commit costs some 20 ms
+    # however many it holds, so that a backlog wants large ones.
+    recorder_batch_entries: int = 5000
     recorder_flush_s: float = 2.0
     # Port of the recorder's /metrics on loopback; 0 picks a free one.
     recorder_metrics_port: int = 0

@@ -18,6 +18,7 @@ import msgspec
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 from deltalake import DeltaTable, write_deltalake
+from deltalake.exceptions import DeltaError
 
 from telemetry.events import PREFERENCES, PreferenceRecorded, PreferenceRetracted, decode, utc_now
 from telemetry.people import Forgotten
@@ -158,7 +159,7 @@ class Datasets:
             rows = data.to_table(columns=columns, filter=chosen.wanted(), use_threads=False).to_pylist()
             is_retraction = pc.field("type") == PreferenceRetracted.__name__
             taken_back = data.to_table(columns=columns[:1], filter=is_retraction, use_threads=False)
-        except (FileNotFoundError, OSError) as error:
+        except (OSError, pa.ArrowInvalid, DeltaError) as error:
             raise DatasetChanged(f"version {version} of {self._table} cannot be read: {error}") from error
         gone = set(taken_back["preference_id"].to_pylist())
         return [row for row in rows if row["preference_id"] not in gone]

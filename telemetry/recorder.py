@@ -2,7 +2,8 @@
 
 A batch is read, decoded (what no build knows goes to the dead-letter topic), committed with its offsets, and then
 projected onto receipts; killed anywhere, it continues from the store's offsets. When log, Redis or broker are away
-it waits for them. When the log no longer holds its position it stops: that is for a person to decide.
+it waits for them. When the log no longer holds its position, or the store is damaged, it stops: that is for a person to
+decide.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from telemetry.audit import HeadFile
 from telemetry.config import TelemetryConfig, open_log, redis_client
 from telemetry.configuration import read_table
 from telemetry.crashpoints import reach
+from telemetry.errors import StoreDamaged
 from telemetry.event_log import Entry, EventLog, LogUnavailable, Offsets, PositionLost, Reader
 from telemetry.events import (
     DEAD_LETTERS,
@@ -238,8 +240,9 @@ def main() -> None:
     logs.configure("recorder")
     try:
         serve(read_table(arguments.config, "telemetry", TelemetryConfig))
-    except PositionLost as error:
-        log.critical("%s", error, extra={"action": "position_lost"})
+    except (PositionLost, StoreDamaged) as error:
+        action = "position_lost" if isinstance(error, PositionLost) else "store_damaged"
+        log.critical("%s", error, extra={"action": action})
         sys.exit(3)
 
 

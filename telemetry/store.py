@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Final
@@ -17,12 +18,13 @@ import msgspec
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 from deltalake import CommitProperties, DeltaTable, Schema, Transaction, write_deltalake
-from deltalake.exceptions import CommitFailedError
+from deltalake.exceptions import CommitFailedError, DeltaError
 
 from telemetry.audit import START, Head, HeadFile, link
 from telemetry.conversation import conversation, tools_of
 from telemetry.crashpoints import reach
 from telemetry.datasets import kept_versions
+from telemetry.errors import StoreDamaged
 from telemetry.event_log import Entry, Offsets
 from telemetry.events import AUDIT, PREFERENCES, AnyEvent, PreferenceRecorded, decode, utc_now
 from telemetry.people import Forgotten
@@ -50,6 +52,15 @@ class StoreContended(RuntimeError):
     """Another process wrote to the store: run one recorder per store; open it again to continue."""
 
 
+@contextmanager
+def readable(table: str) -> Iterator[None]:
+    """Raise StoreDamaged for what Arrow or delta-rs say of damaged files."""
+    try:
+        yield
+    except (pa.ArrowInvalid, DeltaError, FileNotFoundError) as error:
+        raise StoreDamaged(table, error) from error
+
+
 class Table:
     """One topic's table, with its offsets and the event_ids it saw lately."""
 
@@ -58,11 +69,12 @@ class Table:
         self.name = TABLE_OF[topic]
         self._schema = SCHEMAS[self.name]
         uri = f"{root}/{self.name}"
-        is_new = not DeltaTable.is_deltatable(uri)
-        self._delta = DeltaTable.create(uri, schema=self._schema) if is_new else DeltaTable(uri)
-        self._add_columns()
-        self._keep_history()
-        self._seen: dict[str, None] = dict.fromkeys(self._recent_ids())
+        with readable(uri):
+            is_new = not DeltaTable.is_deltatable(uri)
+            self._delta = DeltaTable.create(uri, schema=self._schema) if is_new else DeltaTable(uri)
+            self._add_columns()
+            self._keep_history()
+            self._seen: dict[str, None] = dict.fromkeys(self._recent_ids())
         self._commits = 0
 
     def next_offsets(self) -> dict[int, int]:
@@ -227,8 +239,9 @@ def read(root: Path | str, topic: str, *, columns: Sequence[str] | None = None, 
     uri = f"{root}/{TABLE_OF[topic]}"
     if not DeltaTable.is_deltatable(uri):
         return SCHEMAS[TABLE_OF[topic]].empty_table().select(columns or SCHEMAS[TABLE_OF[topic]].names)
-    dataset = DeltaTable(uri).to_pyarrow_dataset()
-    return dataset.to_table(columns=list(columns) if columns else None, filter=wanted, use_threads=False)
+    with readable(uri):
+        dataset = DeltaTable(uri).to_pyarrow_dataset()
+        return dataset.to_table(columns=list(columns) if columns else None, filter=wanted, use_threads=False)
 
 
 def preferences(root: Path | str, *, with_retracted: bool = False) -> Iterator[dict[str, Any]]:
@@ -240,11 +253,12 @@ def preferences(root: Path | str, *, with_retracted: bool = False) -> Iterator[d
     retracted = set(
         read(root, PREFERENCES, columns=["preference_id"], wanted=is_retraction)["preference_id"].to_pylist()
     )
-    dataset = DeltaTable(uri).to_pyarrow_dataset()
-    for batch in dataset.to_batches(filter=pc.field("type") == "PreferenceRecorded", use_threads=False):
-        for row in batch.to_pylist():
-            if with_retracted or row["preference_id"] not in retracted:
-                yield row
+    with readable(uri):
+        dataset = DeltaTable(uri).to_pyarrow_dataset()
+        for batch in dataset.to_batches(filter=pc.field("type") == "PreferenceRecorded", use_threads=False):
+            for row in batch.to_pylist():
+                if with_retracted or row["preference_id"] not in retracted:
+                    yield row
 
 
 def verdicts(root: Path | str, sealer: Sealer) -> Iterator[PreferenceRecorded]:

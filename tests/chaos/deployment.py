@@ -48,9 +48,9 @@ class Deployment:
         self.redis = RedisServer(folder / "redis")
         self.url = f"http://127.0.0.1:{(port := free_port())}"
         self.has_own_disk = _mount(self.state)
-        self._config = folder / "config.toml"
-        self._config.write_text(tomli_w.dumps(self._document(port, folder)))
-        config = ["--config", str(self._config)]
+        self.config = folder / "config.toml"
+        self.config.write_text(tomli_w.dumps(self._document(port, folder)))
+        config = ["--config", str(self.config)]
         python = [sys.executable, "-m"]
         history = ["--history", str(self.history), "--per-second", str(writes_per_second)]
         self.commands = {

@@ -22,7 +22,10 @@ from pathlib import Path
 from typing import Final
 
 from deploy.kafka.broker import Broker
+from telemetry.config import TelemetryConfig, open_log
+from telemetry.configuration import read_table
 from telemetry.crashpoints import POINTS
+from telemetry.outbox import OutboxLog
 from tests.chaos.clients import Clients
 from tests.chaos.deployment import Deployment, deployed
 from tests.chaos.history import Findings, Verdicts, appended, check
@@ -31,7 +34,6 @@ KILL, FREEZE, BROKER_KILL, BROKER_FREEZE, REDIS_KILL, DISK_FULL = FAULTS = (
     "SIGKILL", "freeze", "broker kill", "broker freeze", "Redis kill", "disk full",
 )  # fmt: skip
 REACH_S: Final = 30.0
-DRAIN_S: Final = 180.0
 
 
 @dataclass
@@ -43,6 +45,7 @@ class Settings:
     broker_freeze_s: float = 30.0
     redis_down_s: float = 1.0
     disk_full_s: float = 3.0
+    drain_s: float = 180.0  # until all is stored and trained on, at the end
 
 
 @dataclass
@@ -152,8 +155,8 @@ class Sweep:
         deployment.wait_ready()
         time.sleep(2.0)  # the outbox of the writer's last life
         deployment.end("writer")
-        _drain_outboxes(deployment)
-        deadline = time.monotonic() + DRAIN_S
+        _drain_outbox(deployment)
+        deadline = time.monotonic() + self.settings.drain_s
         while True:
             found = check(store, self.verdicts, deployment.history)
             if not (found.lost or found.untrained) or time.monotonic() > deadline:
@@ -161,15 +164,11 @@ class Sweep:
             time.sleep(1.0)
 
 
-def _drain_outboxes(deployment: Deployment) -> None:
+def _drain_outbox(deployment: Deployment) -> None:
     """What the writer's outbox still holds is sent, as its next start would do it."""
-    from telemetry.config import TelemetryConfig, open_log
-    from telemetry.configuration import read_table
-    from telemetry.outbox import OutboxLog
-
-    telemetry = read_table(deployment._config, "telemetry", TelemetryConfig)
+    telemetry = read_table(deployment.config, "telemetry", TelemetryConfig)
     outbox = OutboxLog(open_log(telemetry), telemetry.state_path / "outbox" / "writer")
-    deadline = time.monotonic() + DRAIN_S
+    deadline = time.monotonic() + REACH_S
     while outbox.pending and time.monotonic() < deadline:
         time.sleep(0.1)
     outbox.close()

@@ -171,6 +171,22 @@ def test_a_recorder_whose_position_is_gone_halts_and_says_so(telemetry_config: T
     assert len(list(preferences(telemetry_config.store_root))) == 1
 
 
+def test_a_recorder_whose_store_is_damaged_halts_and_says_so(telemetry_config: TelemetryConfig) -> None:
+    log = open_log(telemetry_config)
+    append(log, examples.preference(1))
+    with RecorderProcess(telemetry_config) as recorder:
+        wait_for(lambda: len(stored_ids(telemetry_config)) == 1, "stored")
+        assert recorder.stop() == 0
+    (file,) = (telemetry_config.state_path / "store" / "preferences").glob("*.parquet")
+    file.write_bytes(file.read_bytes()[:100])
+    append(log, examples.preference(2))
+    log.close()
+    with RecorderProcess(telemetry_config) as recorder:
+        assert recorder.process is not None
+        assert recorder.process.wait(20) == 3
+    assert '"action":"store_damaged"' in recorder.log_path.read_text()
+
+
 def test_the_recorder_announces_itself_and_tells_what_it_stored(telemetry_config: TelemetryConfig) -> None:
     log = open_log(telemetry_config)
     with RecorderProcess(telemetry_config) as recorder:

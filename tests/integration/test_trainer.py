@@ -9,6 +9,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import msgspec
@@ -129,6 +130,12 @@ def test_a_verdict_in_another_topic_teaches_nothing(bench: Bench) -> None:
     bench.turn()
     intake = bench.trainer._state().intake
     assert {each.preference_id for each in (*intake.pending, *intake.replay)} == {each.event_id for each in given}
+
+
+def test_a_clock_that_was_set_back_holds_nothing_up(bench: Bench) -> None:
+    bench.append(msgspec.structs.replace(verdict(1), occurred_at=utc_now() + timedelta(hours=1)))
+    bench.turn(2)
+    assert [batch.preference_ids for batch in bench.batches()] == [(verdict(1).event_id,)]
 
 
 def test_a_few_verdicts_wait_for_more_and_then_are_trained_on_all_the_same(

@@ -91,6 +91,7 @@ async def test_a_receipt_that_is_read_at_once_waits_for_its_mark() -> None:
 async def test_a_mark_is_written_again_until_redis_takes_it(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(claiming, "MARK_TRIES", 1000)
     monkeypatch.setattr(claiming, "MARK_AGAIN_S", 0.01)
     monkeypatch.setattr(claiming, "MARK_WAIT_S", 0.02)
     redis = Redis(fails=True)

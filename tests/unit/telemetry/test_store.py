@@ -10,6 +10,7 @@ import pytest
 from deltalake import DeltaTable, write_deltalake
 
 from telemetry import rows as store_rows
+from telemetry.errors import StoreDamaged
 from telemetry.event_log import Entry, Offsets, Position
 from telemetry.events import (
     PREFERENCES,
@@ -204,3 +205,15 @@ def test_progress_names_the_partitions_receipts_depend_on() -> None:
         "tiebreak.preferences.v1/0": 2,
         "tiebreak.preferences.v1/1": 10,
     }
+
+
+@pytest.mark.parametrize("damage", ["half a file", "no file", "half a log entry"])
+def test_a_damaged_store_says_which_table_and_what_to_do(damage: str, tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    append(store, recorded(examples.preference(1)))
+    pattern = "_delta_log/*.json" if damage == "half a log entry" else "*.parquet"
+    victim = sorted((tmp_path / "preferences").glob(pattern))[-1]
+    victim.unlink() if damage == "no file" else victim.write_bytes(victim.read_bytes()[:40])
+    for look in (lambda: Store(tmp_path), lambda: list(verdicts(tmp_path, Sealer(None)))):
+        with pytest.raises(StoreDamaged, match=r"preferences: .*restore it.*log still holds"):
+            look()

@@ -1,0 +1,1 @@
+"""Router, log, recorder and trainer in one process, with a clock, dice and faults that a seed decides."""
