@@ -8,7 +8,7 @@ silence. Callers that can wait retry; callers that answer people do not.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 import redis
@@ -49,7 +49,10 @@ class TelemetryConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     kafka_bootstrap: str = "127.0.0.1:9092"
     # Partitions of newly made topics (versions, dead letters and audit always have one: their order is global).
     kafka_partitions: int = 4
-    # Copies of newly made topics: 3 in production, with min.insync.replicas = 2.
+    # Days that newly made topics keep their entries (versions and audit are kept for ever): longer than the recorder or
+    # the trainer may ever be away, for what is gone before they read it halts them. Topics that are there keep theirs.
+    kafka_retention_days: Annotated[int, msgspec.Meta(ge=1)] = 30
+    # Copies of newly made topics: 3 in production; all but one of them must have an entry before it is acknowledged.
     kafka_replication: int = 1
     # Put before every topic's name, so that deployments can share a cluster.
     kafka_topic_prefix: str = ""

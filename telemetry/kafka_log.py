@@ -38,6 +38,7 @@ RECONNECT_S: Final = 0.2
 CHECK_S: Final = 0.5  # a reader asks this often whether brokers, position and partitions are still as they were
 READ_TIMEOUT_S: Final = 5.0
 MAX_REQUEST_BYTES: Final = 1_048_576  # the brokers' default message.max.bytes
+KEPT_FOR_EVER: Final = frozenset({VERSIONS, AUDIT})  # small, and what a new trainer or store begins with
 ONE_PARTITION: Final = frozenset({VERSIONS, DEAD_LETTERS, AUDIT})
 
 
@@ -48,6 +49,7 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True):
     partitions: int
     replication: int
     prefix: str
+    retention_days: int
 
     def require(self, timeout_s: float) -> None:
         """Raise OSError when no bootstrap address accepts a connection: clients that fail to start leak threads."""
@@ -69,13 +71,24 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True):
         timeouts = {"bootstrap_timeout_ms": int(connect_s * 1000), "request_timeout_ms": int(READ_TIMEOUT_S * 1000)}
         return KafkaAdminClient(**self.client, **timeouts)
 
+    def settings(self, topic: str) -> dict[str, str]:
+        """Of a new topic. Never compacted: entries of one key are no versions of each other, every one counts."""
+        kept_ms = -1 if topic in KEPT_FOR_EVER else self.retention_days * 86_400_000
+        return {
+            "cleanup.policy": "delete",
+            "retention.ms": str(kept_ms),
+            "retention.bytes": "-1",
+            "min.insync.replicas": str(max(1, self.replication - 1)),
+        }
+
     def make_topics(self, admin: KafkaAdminClient, topics: Sequence[str]) -> None:
         """Create those of ``topics`` that are missing, and wait until their partitions have leaders."""
         present = set(admin.list_topics())
         for topic in topics:
             name = self.name(topic)
             partitions = 1 if topic in ONE_PARTITION else self.partitions
-            wanted = {name: {"num_partitions": partitions, "replication_factor": self.replication}}
+            size = {"num_partitions": partitions, "replication_factor": self.replication}
+            wanted = {name: size | {"configs": self.settings(topic)}}
             if name in present:
                 continue
             try:
@@ -106,6 +119,7 @@ def cluster_of(config: TelemetryConfig) -> Cluster:
         partitions=config.kafka_partitions,
         replication=config.kafka_replication,
         prefix=config.kafka_topic_prefix,
+        retention_days=config.kafka_retention_days,
     )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import msgspec
 from kafka import KafkaAdminClient  # type: ignore[import-untyped]
+from kafka.admin import ConfigResource, ConfigResourceType  # type: ignore[import-untyped]
 
 from deploy.kafka.broker import Broker
 from telemetry.config import TelemetryConfig, open_log
@@ -86,3 +87,28 @@ def test_append_returns_at_once_while_no_broker_was_ever_there() -> None:
     assert all("no broker at 127.0.0.1:1" in error for error in errors)
     assert time.monotonic() - began < 3
     log.close()
+
+
+def test_new_topics_keep_their_entries_as_configured_and_are_never_compacted(
+    kafka_config: TelemetryConfig, kafka_broker: Broker
+) -> None:
+    config = msgspec.structs.replace(kafka_config, kafka_retention_days=3)
+    log = open_log(config)
+    for topic in (PREFERENCES, VERSIONS):
+        log.append(topic, "k", b"x").result(timeout=20)
+    log.close()
+    found = {topic: settings_of(kafka_broker, config.kafka_topic_prefix + topic) for topic in (PREFERENCES, VERSIONS)}
+    assert found[PREFERENCES]["retention.ms"] == str(3 * 86_400_000)
+    assert found[VERSIONS]["retention.ms"] == "-1"
+    assert {settings["cleanup.policy"] for settings in found.values()} == {"delete"}
+    assert cluster_of(msgspec.structs.replace(config, kafka_replication=3)).settings(PREFERENCES)[
+        "min.insync.replicas"
+    ] == "2"  # fmt: skip
+
+
+def settings_of(broker: Broker, topic: str) -> dict[str, str]:
+    """The topic's configuration as the broker has it."""
+    admin = KafkaAdminClient(bootstrap_servers=broker.bootstrap)
+    (found,) = admin.describe_configs([ConfigResource(ConfigResourceType.TOPIC, topic)], config_filter="all").values()
+    admin.close()
+    return {name: entry["value"] for name, entry in found[topic].items()}
