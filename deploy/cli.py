@@ -15,6 +15,7 @@ from rich.table import Table
 from deploy import config
 from telemetry.configuration import InvalidConfiguration
 from telemetry.errors import StoreDamaged
+from telemetry.people import KeysAway, KeyUnusable
 
 OVERVIEW = """\
 Your users break the tie; your model learns from it within seconds.
@@ -45,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     run: Callable[[argparse.Namespace], int] = options.run
     try:
         return run(options)
-    except (InvalidConfiguration, StoreDamaged) as error:
+    except (InvalidConfiguration, StoreDamaged, KeyUnusable, KeysAway) as error:
         print(f"tiebreak: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -110,6 +111,12 @@ def _add_simulate(simulate: argparse.ArgumentParser) -> None:
     simulate.add_argument("--url", default="", help="the gateway (default: this deployment's)")
 
 
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: 1 or more")
+    return int(text)
+
+
 def _sentence(text: str) -> str:
     return text[0].upper() + text[1:] + "."
 
@@ -172,7 +179,7 @@ def _add_labels(labels: argparse.ArgumentParser, shared: argparse.ArgumentParser
     text = "write the newest pairs that nobody judged as tasks for labelers (JSON)"
     export = actions.add_parser("export", parents=[shared], help=text, description=_sentence(text))
     export.add_argument("--out", required=True, metavar="FILE", help="the file to write, - for standard output")
-    export.add_argument("--pairs", type=int, default=100, metavar="N", help="at most so many (default 100)")
+    export.add_argument("--pairs", type=_positive, default=100, metavar="N", help="at most so many (default 100)")
     export.add_argument("--with-judged", action="store_true", help="also pairs that have a verdict")
     text = "record what labelers chose; a file imported twice counts once"
     taking = actions.add_parser("import", parents=[shared], help=text, description=_sentence(text))

@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 from rich.console import Console
 from rich.table import Column, Table
 
+from deploy import audit
 from telemetry.config import TelemetryConfig, open_log
 from telemetry.dead_letters import Letter, letters, named, replay, retracted, revived, stored
 from telemetry.event_log import EventLog
@@ -71,6 +72,7 @@ def show_all(config: TelemetryConfig, console: Console) -> int:
 def show_one(config: TelemetryConfig, letter_id: str) -> int:
     """Why it could not be read, on standard error, and the entry as it is, on standard output. Raises LetterUnknown."""
     dead = named(letters(config.store_root), letter_id)
+    audit.record(config, "read", f"dead letter {dead.id}")
     print(f"{dead.topic}, partition {dead.partition}, offset {dead.offset}: {dead.reason}", file=sys.stderr)
     sys.stdout.buffer.write(dead.payload + b"\n")
     return 0
@@ -84,6 +86,8 @@ def replay_some(config: TelemetryConfig, letter_ids: list[str]) -> int:
     every = letters(config.store_root)
     found = judged(config.store_root, [named(every, each) for each in letter_ids] or every)
     wanted = [each for each in found if letter_ids or each.state == "replayable"]
+    if wanted:
+        audit.record(config, "replayed", "dead letters", ids=" ".join(each.letter.id for each in wanted))
     log = open_log(config)
     try:
         for each in wanted:

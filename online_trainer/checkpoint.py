@@ -22,6 +22,7 @@ from online_trainer.errors import InvalidCheckpoint
 from online_trainer.ingest import IntakeState
 from online_trainer.lineage import Lineage
 from telemetry.crashpoints import reach
+from telemetry.process import sync
 
 STATE_FILE = "state.json"
 TENSORS_FILE = "tensors.safetensors"
@@ -47,10 +48,10 @@ def save(folder: Path, number: int, state: TrainerState, tensors: dict[str, Tens
     save_file(tensors, staging / TENSORS_FILE)
     (staging / STATE_FILE).write_bytes(msgspec.json.encode(state))
     for path in (staging / TENSORS_FILE, staging / STATE_FILE, staging):
-        _sync(path)
+        sync(path)
     reach("trainer.checkpoint_staged")
     staging.rename(target)
-    _sync(folder)
+    sync(folder)
     for _, old in _numbered(folder)[:-keep]:
         shutil.rmtree(old)
     return target
@@ -96,11 +97,3 @@ def _numbered(folder: Path) -> list[tuple[int, Path]]:
     """Whole checkpoints, oldest first."""
     found = ((match, path) for path in folder.glob("checkpoint-*") if (match := _FOLDER.match(path.name)))
     return sorted((int(match[1]), path) for match, path in found)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

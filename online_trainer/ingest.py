@@ -14,7 +14,7 @@ from typing import Literal
 import msgspec
 
 from telemetry.event_log import Entry, Offsets
-from telemetry.events import Completion, Message, PreferenceRecorded, PreferenceRetracted, Sealed
+from telemetry.events import Completion, Message, PersonErased, PreferenceRecorded, PreferenceRetracted, Sealed
 from telemetry.people import Forgotten
 from telemetry.sealing import Sealer, Shape, bare
 
@@ -29,7 +29,7 @@ class Verdict(msgspec.Struct, frozen=True):
 
     preference_id: str
     pair_id: str
-    user: str
+    user: str  # whose pair it was
     occurred_at: datetime
     prompt: tuple[Message, ...]
     chosen: Completion
@@ -37,6 +37,7 @@ class Verdict(msgspec.Struct, frozen=True):
     trace: tuple[str, str] = ("", "")  # (trace_id, span_id)
     tries: int = 0  # steps that were taken on it as a new verdict; more than one only where weights were refused
     passes: int = 0  # steps that it took part in since
+    labeler: str = ""  # who gave it, if that was not the user
     is_private: bool = False  # the log has it sealed
     sealed: Sealed | None = None  # as it lies in a checkpoint: prompt and the sides' words, which then are empty
 
@@ -124,8 +125,9 @@ def capped(verdicts: Iterable[Verdict], size: int, per_user: int) -> list[Verdic
     for verdict in verdicts:
         if len(taken) == size:
             break
-        if counts.get(verdict.user, 0) < per_user:
-            counts[verdict.user] = counts.get(verdict.user, 0) + 1
+        by = f"labeler {verdict.labeler}" if verdict.labeler else verdict.user
+        if counts.get(by, 0) < per_user:
+            counts[by] = counts.get(by, 0) + 1
             taken.append(verdict)
     return taken
 
@@ -189,11 +191,15 @@ class Intake:
             self._see(event.event_id)
             self.dropped.append((event.event_id, "erased"))
 
-    def erase(self, user: str) -> None:
-        """A person is forgotten: nothing of theirs is used any more."""
-        self.dropped += [(verdict.preference_id, "erased") for verdict in self.pending if verdict.user == user]
+    def erase(self, event: PersonErased) -> None:
+        """A person is forgotten: nothing that they had given by then is used any more."""
+
+        def is_theirs(verdict: Verdict) -> bool:
+            return verdict.user == event.user and verdict.occurred_at <= event.occurred_at
+
+        self.dropped += [(verdict.preference_id, "erased") for verdict in self.pending if is_theirs(verdict)]
         for verdicts in (self.pending, self.replay, self.heldout):
-            verdicts[:] = [verdict for verdict in verdicts if verdict.user != user]
+            verdicts[:] = [verdict for verdict in verdicts if not is_theirs(verdict)]
 
     def retract(self, event: PreferenceRetracted) -> None:
         """Take a verdict back: never trained on if it still waits or is yet to come, and never again if it was.
@@ -262,5 +268,6 @@ def _verdict(event: PreferenceRecorded, *, is_private: bool) -> Verdict:
         chosen=event.chosen,
         rejected=event.rejected,
         trace=(event.trace_id, event.span_id),
+        labeler=event.labeler,
         is_private=is_private,
     )

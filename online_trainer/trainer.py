@@ -47,7 +47,7 @@ from telemetry.events import (
     utc_now,
 )
 from telemetry.manifest import UntrustedVersion, base_version
-from telemetry.people import Forgotten
+from telemetry.people import Forgotten, KeysAway
 from telemetry.sealing import Sealer
 
 log = logging.getLogger("online_trainer")
@@ -97,11 +97,11 @@ class Trainer:
     # ---- life -------------------------------------------------------------------------------------------------
 
     def run(self, stop: threading.Event, on_ready: Callable[[], None]) -> None:
-        """Learn until ``stop``; waits for a log that is away; raises PositionLost."""
+        """Learn until ``stop``; waits for a log or keys that are away; raises PositionLost or KeyUnusable."""
         while not stop.is_set():
             try:
                 self._session(stop, on_ready)
-            except LogUnavailable as error:
+            except (LogUnavailable, KeysAway) as error:
                 log.warning("%s: trying again", error, extra={"action": "trainer_waits"})
                 stop.wait(RETRY_S)
 
@@ -153,7 +153,7 @@ class Trainer:
                 except Forgotten:
                     self._intake.unreadable(event)
             case PersonErased():
-                self._intake.erase(event.user)
+                self._intake.erase(event)
                 self._examples.keep(self._intake.usable_ids())
             case PreferenceRetracted():
                 self._intake.retract(event)

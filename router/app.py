@@ -94,16 +94,17 @@ async def write_consent(request: Request, caller: Caller) -> Response:
     here = services(request)
     user = pseudonym(here.key, request.path_params["user"])
     try:
-        state = await here.book.write(user, body.pairing)
         await here.ledger.audit(caller, "consent_changed", user, pairing=str(body.pairing).lower())
-        return JsonResponse(state)
+        return JsonResponse(await here.book.write(user, body.pairing))
     except (RedisError, OSError) as error:
         raise _consent_unavailable() from error
 
 
 async def erase_user(request: Request, caller: Caller) -> Response:
-    here = services(request)
-    return JsonResponse(await here.eraser.erase(pseudonym(here.key, request.path_params["user"]), caller))
+    here, user = services(request), request.path_params["user"]
+    if not user or user.endswith("/consent"):  # a consent is withdrawn by PUT
+        raise NotFound("There is no such user to be erased.", code="user_not_found")
+    return JsonResponse(await here.eraser.erase(pseudonym(here.key, user), caller))
 
 
 def _consent_unavailable() -> Unavailable:
@@ -239,7 +240,7 @@ ENDPOINTS: Final = (
     Endpoint(
         method="DELETE", path="/v1/users/{user:path}", handler=erase_user, role="admin",
         summary="Forget a user: no text of theirs can be read any more. Names the versions that learned from them.",
-        answers={200: Erasure}, errors=(409, 503),
+        answers={200: Erasure}, errors=(404, 409, 503),
     ),
     Endpoint(
         method="GET", path="/v1/models", handler=models, role="inference",

@@ -6,6 +6,7 @@ First the key, then everything else: what a crash leaves undone (the event, cons
 from __future__ import annotations
 
 import asyncio
+import logging
 from datetime import datetime
 
 import msgspec
@@ -15,8 +16,11 @@ from router.admission import Caller
 from router.consent import ConsentBook
 from router.errors import Conflict, Unavailable
 from router.ledger import Ledger
+from telemetry.errors import StoreDamaged
 from telemetry.events import PersonErased
 from telemetry.sealing import Sealer
+
+log = logging.getLogger(__name__)
 
 
 class Erasure(msgspec.Struct, frozen=True):
@@ -47,20 +51,19 @@ class Eraser:
         except (RedisError, OSError) as error:
             message = "Not all could be erased now; the same request again does the rest."
             raise Unavailable(message, code="state_unavailable", retry_after_s=1.0) from error
-        versions = await asyncio.to_thread(learned_from, self._store_root, person)
-        actor = caller.name or "operator"
-        event = PersonErased(user=person, actor=actor, versions=versions)
-        details = {"versions": " ".join(versions), "had_data": str(had_data).lower()}
-        await self._ledger.audit(caller, "erased", person, **details)
+        event = PersonErased(user=person, actor=caller.name or "operator")
+        await self._ledger.audit(caller, "erased", person, had_data=str(had_data).lower())
         await self._ledger.durable(event)
+        versions = await asyncio.to_thread(learned_from, self._store_root, person)
         return Erasure(person, event.occurred_at, had_data, versions)
 
 
 def learned_from(store_root: str, person: str) -> tuple[str, ...]:
-    """The versions that know a verdict of the person."""
+    """The versions that know a verdict of the person; none where the store cannot be read."""
     from telemetry.lineage import Lineages, NotRecorded  # Arrow and delta-rs: for this alone
 
     try:
         return Lineages(store_root).of_person(person)
-    except NotRecorded:
+    except (NotRecorded, StoreDamaged, OSError) as error:
+        log.warning("versions not named: %s", error, extra={"action": "versions_not_named"})
         return ()

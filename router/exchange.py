@@ -189,6 +189,7 @@ class Exchange:
     caller: str
     prompt: tuple[Message, ...]
     propensity: float
+    key_id: str = ""  # of the user's key when the request came; nothing of it is written under another
     trace_id: str = ""
     span_id: str = ""
     offer: PairOffer | None = None  # None: a normal answer

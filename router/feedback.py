@@ -11,7 +11,8 @@ from router.pairs import derived_id, pseudonym
 from router.schema import FeedbackReceipt, FeedbackRequest
 from telemetry import metrics
 from telemetry.events import FeedbackRecorded
-from telemetry.people import Forgotten
+from telemetry.people import Forgotten, KeysAway, KeyUnusable
+from telemetry.sealing import SHAPES
 
 
 async def record_feedback(body: FeedbackRequest, caller: Caller, *, key: bytes, ledger: Ledger) -> FeedbackReceipt:
@@ -25,7 +26,8 @@ async def record_feedback(body: FeedbackRequest, caller: Caller, *, key: bytes, 
         raise NotFound(message, code="completion_not_found", param="completion_id")
     if kept.caller != caller.name or (body.user and pseudonym(key, body.user) != kept.user):
         raise Forbidden("This answer was given to another user.", code="not_your_completion")
-    event = FeedbackRecorded(
+    private = ledger.private
+    bare = FeedbackRecorded(
         event_id=derived_id("feedback", body.completion_id, str(body.rating)),
         completion_id=body.completion_id,
         policy=kept.policy,
@@ -36,8 +38,11 @@ async def record_feedback(body: FeedbackRequest, caller: Caller, *, key: bytes, 
         comment=body.comment or "",
     )
     try:
-        await ledger.durable(event)
+        event = await private.redacted(bare, SHAPES[FeedbackRecorded])
+        await ledger.durable(event, key_id=kept.key_id or await private.key_of(kept.user))
     except Forgotten as error:
         raise Gone("This answer was erased with its user's data.", code="erased") from error
+    except (KeyUnusable, KeysAway) as error:
+        raise Unavailable("This answer cannot be read now.", code="keys_unavailable", retry_after_s=1.0) from error
     metrics.FEEDBACK.labels(kept.completion.variant, kept.completion.version, str(body.rating)).inc()
     return FeedbackReceipt(event.event_id, body.completion_id, body.rating, event.occurred_at)

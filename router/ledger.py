@@ -24,6 +24,7 @@ from router.errors import PayloadTooLarge, Unavailable
 from router.exchange import Answer, Exchange
 from router.gathered import Gathered
 from router.pairs import PairMemory, RememberedPair
+from router.private import NOT_TO_BE_READ, Private
 from telemetry import metrics
 from telemetry.crashpoints import reach
 from telemetry.event_log import EntryTooLarge, LogUnavailable
@@ -39,12 +40,13 @@ from telemetry.events import (
     key_of,
 )
 from telemetry.outbox import OutboxLog
-from telemetry.people import Forgotten
-from telemetry.sealing import Sealer
+from telemetry.people import Forgotten, KeysAway, KeyUnusable
+from telemetry.sealing import SHAPES, Shape
 
 GATHER_S: Final = 0.02
 COMPLETION_KEY: Final = "tiebreak:completion:"
 ELSEWHERE_S: Final = 0.25
+ANSWER: Final = Shape(("completion",))  # where a remembered answer has texts
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
@@ -66,6 +68,7 @@ class RememberedCompletion(msgspec.Struct, frozen=True):
     caller: str
     prompt: tuple[Message, ...]
     completion: Completion
+    key_id: str = ""  # of the user's key when it was asked for
 
 
 class Ledger:
@@ -77,11 +80,11 @@ class Ledger:
         redis: Redis,
         memories: Gathered,
         pairs: PairMemory,
-        sealer: Sealer,
+        private: Private,
         *,
         completion_ttl_s: float,
     ) -> None:
-        self._log, self._sealer = outbox, sealer
+        self._log, self.private = outbox, private
         self._redis, self._writes = redis, memories
         self._pairs = pairs
         self._completion_ttl_s = int(completion_ttl_s)
@@ -92,12 +95,12 @@ class Ledger:
         self._unwritten: list[str] = []  # keys of those that gather
         self._background: set[asyncio.Task[None]] = set()
 
-    async def durable(self, event: AnyEvent) -> Literal["log", "outbox"]:
+    async def durable(self, event: AnyEvent, *, key_id: str = "") -> Literal["log", "outbox"]:
         """Append and wait; where the event is safe. Raises Unavailable, and then nothing is acknowledged.
 
-        Raises Forgotten for a text of a person whose key is gone.
+        Raises one of NOT_TO_BE_READ where a text cannot be sealed with the person's key (``key_id``, if it is named).
         """
-        payload = encode(self._sealer.seal(event))
+        payload = encode(await self.private.sealed(event, key_id))
         try:
             done = await asyncio.wrap_future(self._log.append(TOPIC_OF[type(event)], key_of(event), payload))
         except LogUnavailable as error:
@@ -113,7 +116,7 @@ class Ledger:
         await self.durable(AuditRecorded(actor=actor, action=action, subject=subject, details=details))
 
     def note(self, event: AnyEvent) -> None:
-        """Append without waiting; a loss is counted."""
+        """Append what has no texts, or is sealed, without waiting; a loss is counted."""
         topic = TOPIC_OF[type(event)]
 
         def count_loss(done: Future[Any]) -> None:
@@ -122,8 +125,8 @@ class Ledger:
                 log.warning("event lost: %s", error, extra={"action": "event_lost", "topic": topic})
 
         try:
-            self._log.append(topic, key_of(event), encode(self._sealer.seal(event))).add_done_callback(count_loss)
-        except (RuntimeError, Forgotten) as error:  # the log was closed: this answer ended after everything else
+            self._log.append(topic, key_of(event), encode(event)).add_done_callback(count_loss)
+        except RuntimeError as error:  # the log was closed: this answer ended after everything else
             metrics.EVENTS_LOST.labels(topic).inc()
             log.warning("event lost: %s", error, extra={"action": "event_lost", "topic": topic})
 
@@ -145,21 +148,16 @@ class Ledger:
             expires_at=exchange.offer.expires_at,
         )
         try:
-            await self._prepare(exchange.user)
-            shown = self._sealer.seal(shown)
+            key_id = exchange.key_id or await self.private.key_of(exchange.user)
+            shown = await self.private.sealed(await self.private.redacted(shown, SHAPES[PairShown]), key_id)
             await self._pairs.remember(RememberedPair(shown, exchange.caller))
             reach("router.pair_remembered")
-        except (RedisError, OSError, Forgotten) as error:
+        except (RedisError, OSError, *NOT_TO_BE_READ) as error:
             log.warning("pair not remembered: %s", error, extra={"action": "pair_lost", "pair_id": shown.pair_id})
             return False
         self.note(shown)
         metrics.PAIRS_SHOWN.labels(exchange.policy).inc()
         return True
-
-    async def _prepare(self, user: str) -> None:
-        """The user has a key from here on."""
-        if not self._sealer.is_prepared(user):
-            await asyncio.to_thread(self._sealer.prepare, user)
 
     def side_lost(self, answer: Answer) -> None:
         """Count a side of a pair that failed."""
@@ -192,15 +190,17 @@ class Ledger:
     async def recall_completion(self, completion_id: str) -> RememberedCompletion | None:
         """The single answer, or None when it is unknown or too old."""
         if waiting := self._memories.get(COMPLETION_KEY + completion_id):
-            await self._prepare(waiting.user)  # what will be written of it is not written yet
             return waiting
         payload = await found_soon(lambda: self._kept(completion_id))
         if payload is None:
             return None
         try:
-            return msgspec.json.decode(self._sealer.open_bytes(payload, completion_id), type=RememberedCompletion)
+            opened = await self.private.opened_bytes(payload, completion_id)
         except Forgotten:
             return None
+        except (KeyUnusable, KeysAway) as error:
+            raise Unavailable("This answer cannot be read now.", code="keys_unavailable", retry_after_s=1.0) from error
+        return msgspec.json.decode(opened, type=RememberedCompletion)
 
     async def _kept(self, completion_id: str) -> bytes | None:
         return cast(bytes | None, await self._redis.get(COMPLETION_KEY + completion_id))
@@ -216,7 +216,12 @@ class Ledger:
 
     def _remember_completion(self, exchange: Exchange, answer: Answer) -> None:
         kept = RememberedCompletion(
-            exchange.policy, exchange.user, exchange.caller, exchange.prompt, answer.completion()
+            exchange.policy,
+            exchange.user,
+            exchange.caller,
+            exchange.prompt,
+            answer.completion(),
+            exchange.key_id,
         )
         key = COMPLETION_KEY + answer.completion_id
         self._memories[key] = kept
@@ -234,8 +239,10 @@ class Ledger:
 
     async def _write_memory(self, key: str) -> None:
         kept = self._memories[key]
-        await self._prepare(kept.user)
-        sealed = self._sealer.seal_bytes(kept.user, msgspec.json.encode(kept), key.removeprefix(COMPLETION_KEY))
+        key_id = kept.key_id or await self.private.key_of(kept.user)
+        redacted = await self.private.redacted(kept, ANSWER)
+        text, name = msgspec.json.encode(redacted), key.removeprefix(COMPLETION_KEY)
+        sealed = await self.private.sealed_bytes(kept.user, text, name, key_id)
         await self._writes.ask("SET", key, sealed, "EX", self._completion_ttl_s)
 
     def in_background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:

@@ -13,6 +13,7 @@ import time
 from datetime import datetime
 from typing import Final
 
+from msgspec.structs import replace
 from opentelemetry.trace import SpanKind
 from redis.exceptions import RedisError
 
@@ -21,14 +22,14 @@ from router.claims import Claim, Claims, Verdict
 from router.errors import Conflict, Forbidden, Gone, NotFound, RouterError, Unavailable
 from router.ledger import Ledger
 from router.pairs import PairMemory, RememberedPair, Ticket, preference_id, pseudonym, read_ticket
+from router.private import Private
 from router.receipts import ReceiptBook, receipt
 from router.schema import Receipt, VerdictRequest
 from telemetry import metrics, tracing
 from telemetry.crashpoints import reach
 from telemetry.events import Completion, PairShown, PreferenceRecorded, utc_now
 from telemetry.labeling import judged
-from telemetry.people import Forgotten
-from telemetry.sealing import Sealer
+from telemetry.people import Forgotten, KeysAway, KeyUnusable
 
 POLL_S: Final = 0.005
 
@@ -54,6 +55,15 @@ def to_preference(
     )
 
 
+async def _redacted_notes(private: Private, event: PreferenceRecorded) -> PreferenceRecorded:
+    """Of what the pair showed this was done when it was remembered."""
+    if not (event.comment or event.edited or event.reasons):
+        return event
+    comment, edited = await private.text(event.comment), await private.text(event.edited or "")
+    reasons = tuple([await private.text(reason) for reason in event.reasons])
+    return replace(event, comment=comment, edited=edited if event.edited is not None else None, reasons=reasons)
+
+
 def count_verdict(event: PreferenceRecorded) -> None:
     """One count per side, so that a win rate is a ratio of two sums."""
     is_win = event.outcome == "chosen_rejected"
@@ -74,14 +84,14 @@ class Preferences:
         self,
         *,
         key: bytes,
-        sealer: Sealer,
+        private: Private,
         pairs: PairMemory,
         ledger: Ledger,
         claims: Claims,
         book: ReceiptBook,
         lease_s: float,
     ) -> None:
-        self._key, self._sealer = key, sealer
+        self._key, self._private = key, private
         self._pairs = pairs
         self._ledger = ledger
         self._claims = claims
@@ -117,17 +127,21 @@ class Preferences:
             span.set_attribute("preference.pair_id", body.pair_id)
             span.set_attribute("preference.id", preference_id(body.pair_id))
             if earlier is None:
-                claim = Claim(body.choice, caller.name, self._sealed(shown, body, tracing.ids(span)))
+                claim = Claim(body.choice, caller.name, await self._sealed(shown, body, tracing.ids(span)))
             span.add_event("gen_ai.evaluation.result", {"preference.outcome": claim.event.outcome})
             return await self._settle(claim, body, caller)
 
-    def _sealed(self, shown: PairShown, body: VerdictRequest, trace: tuple[str, str]) -> PreferenceRecorded:
-        """The verdict's event as it is written everywhere; raises Gone for a person who is forgotten."""
+    async def _sealed(self, shown: PairShown, body: VerdictRequest, trace: tuple[str, str]) -> PreferenceRecorded:
+        """The verdict's event as it is written everywhere. Raises Gone for who is forgotten, or Unavailable."""
+        private, key_id = self._private, shown.sealed.key_id if shown.sealed else ""
         try:
-            event = to_preference(self._sealer.open(shown), body, at=utc_now(), trace=trace)
-            return self._sealer.seal(event)
+            event = to_preference(await private.opened(shown), body, at=utc_now(), trace=trace)
+            return await private.sealed(await _redacted_notes(private, event), key_id)
         except Forgotten as error:
             raise Gone("What this pair showed was erased with its user's data.", code="erased") from error
+        except (KeyUnusable, KeysAway) as error:
+            message = "What this pair showed cannot be read now; nothing was acknowledged."
+            raise Unavailable(message, code="keys_unavailable", retry_after_s=1.0) from error
 
     async def _recall(self, ticket: Ticket) -> tuple[RememberedPair | None, Verdict | None]:
         """The pair, and the verdict it has; of a pair just shown here, whether it has one is for the claim to tell."""

@@ -17,12 +17,11 @@ from router.backends import ReplicaPool
 from router.errors import RouterError
 from router.exchange import Exchange
 from router.pairs import PairMemory
+from router.private import NOT_TO_BE_READ, Private
 from router.tables import Tables
 from serving.wire import AnswerTokens, ScoreRequest, Scores
 from telemetry import metrics
 from telemetry.events import Completion, PairShown
-from telemetry.people import Forgotten
-from telemetry.sealing import Sealer
 
 MOST: Final = 32  # pairs that are asked for at once; beyond, replicas are too busy to be idle soon
 WAIT_S: Final = 20.0  # for an idle moment
@@ -32,8 +31,8 @@ log = logging.getLogger(__name__)
 class References:
     """Asks, and completes the pairs that are remembered."""
 
-    def __init__(self, pool: ReplicaPool, tables: Tables, pairs: PairMemory, sealer: Sealer) -> None:
-        self._pool, self._tables, self._pairs, self._sealer = pool, tables, pairs, sealer
+    def __init__(self, pool: ReplicaPool, tables: Tables, pairs: PairMemory, private: Private) -> None:
+        self._pool, self._tables, self._pairs, self._private = pool, tables, pairs, private
         self._asking: set[asyncio.Task[None]] = set()
 
     def ask(self, exchange: Exchange) -> None:
@@ -55,17 +54,20 @@ class References:
         pair = self._pairs.recent(pair_id)
         if pair is None:
             return
-        shown = self._sealer.open(pair.shown)
-        answers = tuple(AnswerTokens(side.token_ids, _is_ended(side)) for side in (shown.a, shown.b))
-        request = ScoreRequest(shown.prompt, answers, WAIT_S)
-        replica = min(self._tables.scorers(base), key=lambda replica: replica.in_flight)
         try:
-            scores = await self._pool.score(replica, request)
+            shown = await self._private.opened(pair.shown)
+            answers = tuple(AnswerTokens(side.token_ids, _is_ended(side)) for side in (shown.a, shown.b))
+            scorers = self._tables.scorers(base)
+            if not scorers or not all(answer.token_ids for answer in answers):  # redacted, or nobody left
+                return
+            replica = min(scorers, key=lambda replica: replica.in_flight)
+            scores = await self._pool.score(replica, ScoreRequest(shown.prompt, answers, WAIT_S))
             if scored := _completed(shown, scores):
-                await self._pairs.complete(replace(pair, shown=self._sealer.seal(scored)))
+                key_id = pair.shown.sealed.key_id if pair.shown.sealed else ""
+                await self._pairs.complete(replace(pair, shown=await self._private.sealed(scored, key_id)))
                 metrics.REFERENCES.labels(base, "kept").inc()
                 return
-        except (RouterError, RedisError, OSError, Forgotten) as error:
+        except (RouterError, RedisError, OSError, *NOT_TO_BE_READ) as error:
             log.debug("no reference of a pair: %s", error)
         metrics.REFERENCES.labels(base, "missing").inc()
 

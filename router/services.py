@@ -26,6 +26,7 @@ from router.ledger import Ledger
 from router.pairs import PairMemory
 from router.places import Places
 from router.preferences import Preferences
+from router.private import Private
 from router.receipts import ReceiptBook
 from router.reference import References
 from router.schema import ChatLimits
@@ -35,7 +36,6 @@ from telemetry.event_log import EventLog
 from telemetry.outbox import OutboxLog
 from telemetry.process import signing_key
 from telemetry.redaction import Redactor, load_hook
-from telemetry.sealing import Sealer
 
 
 class Services(msgspec.Struct, frozen=True):
@@ -81,9 +81,18 @@ async def open_services(
     polling = asyncio.create_task(tables.poll(config.table_poll_s, stop))
     embedded_log = event_log is None and telemetry.log == "redis"
     key, admission = signing_key(telemetry.state_path), _admission(config, telemetry.state_path / "run", worker)
-    sealer = open_sealer(telemetry, Redactor(config.redact, load_hook(config.redactor)).record)
+    private = Private(open_sealer(telemetry), Redactor(config.redact, load_hook(config.redactor)))
     services = _wire(
-        config, key, sealer, telemetry.store_root, redis, outbox, tables, pool, admission, embedded_log=embedded_log
+        config,
+        key=key,
+        private=private,
+        store_root=telemetry.store_root,
+        redis=redis,
+        outbox=outbox,
+        tables=tables,
+        pool=pool,
+        admission=admission,
+        embedded_log=embedded_log,
     )
     try:
         yield services
@@ -126,20 +135,20 @@ def _queueing(client: Redis, connections: int, timeout_s: float) -> Redis:
 
 def _wire(
     config: RouterConfig,
+    *,
     key: bytes,
-    sealer: Sealer,
+    private: Private,
     store_root: str,
     redis: Redis,
     outbox: OutboxLog,
     tables: Tables,
     pool: ReplicaPool,
     admission: Admission,
-    *,
     embedded_log: bool,
 ) -> Services:
     reads, writes, memories = Gathered(redis), Gathered(redis), Gathered(redis)
     pairs = PairMemory(redis, writes, config.pair_ttl_s)
-    ledger = Ledger(outbox, redis, memories, pairs, sealer, completion_ttl_s=config.completion_ttl_s)
+    ledger = Ledger(outbox, redis, memories, pairs, private, completion_ttl_s=config.completion_ttl_s)
     book = ConsentBook(redis, reads, writes, pairs_per_minute=config.pairs_per_minute)
     claims = Claims(redis, ledger, ttl_s=config.verdict_ttl_s, lease_s=config.claim_lease_s, embedded_log=embedded_log)
     receipts = ReceiptBook(redis, ledger, claims)
@@ -151,7 +160,7 @@ def _wire(
         pair_ttl_s=config.pair_ttl_s,
         deadline_s=config.deadline_s,
     )
-    references = References(pool, tables, pairs, sealer)
+    references = References(pool, tables, pairs, private)
     chat = Chat(
         settings,
         admission=admission,
@@ -164,7 +173,7 @@ def _wire(
     )
     preferences = Preferences(
         key=key,
-        sealer=sealer,
+        private=private,
         pairs=pairs,
         ledger=ledger,
         claims=claims,
@@ -183,6 +192,6 @@ def _wire(
         preferences=preferences,
         receipts=receipts,
         references=references,
-        eraser=Eraser(sealer, book, ledger, store_root),
+        eraser=Eraser(private.sealer, book, ledger, store_root),
         releases=ReleaseDesk(redis),
     )

@@ -14,7 +14,7 @@ from concurrent.futures import Future
 import torch
 from torch import Tensor
 
-from serving.errors import EngineClosed
+from serving.errors import EngineClosed, Overloaded
 from serving.scheduler import Plan, Sequence, Work
 
 Logps = tuple[tuple[float, ...], ...]
@@ -55,7 +55,15 @@ class IdleScorer:
             job = self._jobs.popleft()
             if not job.done.cancelled():
                 self._reading = job, self._read(job)
-        if self._reading is not None and next(self._reading[1], self) is self:
+        if self._reading is None:
+            return
+        try:
+            is_over = next(self._reading[1], self) is self
+        except RuntimeError as error:  # of torch: out of memory, say; answers need less, and go on
+            job, is_over = self._reading[0], True
+            if job.done.set_running_or_notify_cancel():
+                job.done.set_exception(Overloaded(f"scores could not be computed: {error}"))
+        if is_over:
             self._reading = None
 
     def close(self) -> None:

@@ -20,6 +20,7 @@ import msgspec
 
 from telemetry.event_log import Entry, Position
 from telemetry.events import AUDIT, InvalidEvent, decode
+from telemetry.process import sync
 from telemetry.rows import Row, row_of
 
 START: Final = "0" * 64  # what the first row is linked to
@@ -49,6 +50,7 @@ class HeadFile:
             file.flush()
             os.fsync(file.fileno())
         staging.rename(self._path)
+        sync(self._path.parent)
 
     def read(self) -> Head | None:
         """None where nothing was ever written. Raises ValueError for one that is damaged or not ours."""

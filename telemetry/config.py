@@ -19,7 +19,7 @@ from redis.retry import Retry
 
 from telemetry.event_log import EventLog
 from telemetry.people import PersonKeys, has_keys, load_provider
-from telemetry.sealing import Redact, Sealer
+from telemetry.sealing import Sealer
 
 SecurityProtocol = Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"]
 
@@ -114,13 +114,12 @@ def redis_client_async(config: TelemetryConfig, *, timeout_s: float | None = Non
     )
 
 
-def open_sealer(config: TelemetryConfig, redact: Redact | None = None) -> Sealer:
-    """What seals and opens people's texts in this deployment; ``redact`` is what goes before."""
+def open_sealer(config: TelemetryConfig) -> Sealer:
+    """What seals and opens people's texts in this deployment."""
     state = config.state_path
     if not (config.encryption or has_keys(state)):
-        return Sealer(None, redact=redact)
-    keys = PersonKeys(state, load_provider(config.key_provider, state))
-    return Sealer(keys, is_sealing=config.encryption, redact=redact)
+        return Sealer(None)
+    return Sealer(PersonKeys(state, load_provider(config.key_provider, state)), is_sealing=config.encryption)
 
 
 def open_log(config: TelemetryConfig) -> EventLog:

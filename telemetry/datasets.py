@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
@@ -128,21 +129,21 @@ class Datasets:
 
     def ids(self, dataset: Dataset) -> set[str]:
         """Its preference ids. Raises DatasetChanged."""
-        return set(self._checked(dataset))
+        return set(self._require(dataset, self._rows(dataset.table_version, dataset.filter)))
 
     def verdicts(self, dataset: Dataset, sealer: Sealer) -> Iterator[PreferenceRecorded]:
         """Its verdicts with their texts, by id; without those of people who are forgotten. Raises DatasetChanged."""
-        self._checked(dataset)
-        for row in sorted(self._rows(dataset.table_version, dataset.filter), key=lambda row: row["preference_id"]):
-            event = decode(row["event"].encode())
-            assert isinstance(event, PreferenceRecorded)
-            try:
-                yield sealer.open(event)
-            except Forgotten:
-                continue
+        rows = self._rows(dataset.table_version, dataset.filter)
+        self._require(dataset, rows)
+        for row in sorted(rows, key=lambda row: row["preference_id"]):
+            with suppress(Forgotten):
+                event = sealer.open(decode(row["event"].encode()))
+                assert isinstance(event, PreferenceRecorded)
+                yield event
 
-    def _checked(self, dataset: Dataset) -> list[str]:
-        digest, ids = _digest(self._rows(dataset.table_version, dataset.filter))
+    def _require(self, dataset: Dataset, rows: list[dict[str, Any]]) -> list[str]:
+        """The ids in ``rows``. Raises DatasetChanged where they are not what it was made of."""
+        digest, ids = _digest(rows)
         if digest != dataset.digest:
             raise DatasetChanged(f"{dataset.id}: {DatasetChanged.__doc__}")
         return ids

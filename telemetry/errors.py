@@ -8,4 +8,4 @@ class StoreDamaged(RuntimeError):
 
     def __init__(self, table: str, error: BaseException) -> None:
         first = str(error).strip().partition("\n")[0]
-        super().__init__(f"{table}: {first}. {(self.__doc__ or '').strip()} The event log still holds every entry.")
+        super().__init__(f"{table}: {first}. {(self.__doc__ or '').strip()} What the log still holds is not lost.")

@@ -152,6 +152,7 @@ class PreferenceRecorded(Event, frozen=True, tag=True, kw_only=True):
     source: LabelSource = "end_user"
     labeler: str = ""
     instructions: str = ""  # version of the task's instructions that a labeler had
+    labeled_at: datetime | None = None  # of an imported label: when it was given there; occurred_at is the import
     cohort: str = "default"
     reasons: tuple[str, ...] = ()
     comment: str = ""
@@ -173,7 +174,6 @@ class PersonErased(Event, frozen=True, tag=True, kw_only=True):
 
     user: str
     actor: str
-    versions: tuple[str, ...] = ()  # that had learned from them
 
 
 class FeedbackRecorded(Event, frozen=True, tag=True, kw_only=True):
@@ -264,7 +264,7 @@ class AuditRecorded(Event, frozen=True, tag=True, kw_only=True):
     """Somebody read, exported, changed or deleted something (topic AUDIT). Never a text, never a client's user id."""
 
     actor: str  # the caller's name at the router, user@host of a command
-    action: str  # exported, erased, consent_changed, promoted, rolled_back, read, replayed …
+    action: str  # exported, imported, dataset_created, erased, consent_changed, promote_ordered, rollback_ordered …
     subject: str  # of what, or whom (pseudonym)
     details: dict[str, str] = {}
 

@@ -12,10 +12,11 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import msgspec
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition  # type: ignore[import-untyped]
@@ -33,13 +34,32 @@ from telemetry.event_log import Entry, LogUnavailable, Offsets, Position, Positi
 from telemetry.events import AUDIT, DEAD_LETTERS, VERSIONS
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 RECONNECT_S: Final = 0.2
 CHECK_S: Final = 0.5  # a reader asks this often whether brokers, position and partitions are still as they were
 READ_TIMEOUT_S: Final = 5.0
 MAX_REQUEST_BYTES: Final = 1_048_576  # the brokers' default message.max.bytes
+# kafka-python's blocking calls wait for its own thread without a limit, and that was seen to last for ever (a consumer
+# whose broker had been killed and frozen many times): so long they may take, then they are given up.
+PATIENCE_S: Final = 30.0
+WATCH_S: Final = 1.0
 KEPT_FOR_EVER: Final = frozenset({VERSIONS, AUDIT})  # small, and what a new trainer or store begins with
 ONE_PARTITION: Final = frozenset({VERSIONS, DEAD_LETTERS, AUDIT})
+
+
+def within(limit_s: float, call: Callable[[], T]) -> T:
+    """What ``call`` returns or raises; TimeoutError when it does neither in time; its thread is left behind."""
+    done: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(call())
+        except Exception as error:  # noqa: BLE001  handed to whoever waits
+            done.set_exception(error)
+
+    threading.Thread(target=run, name="kafka-call", daemon=True).start()
+    return done.result(limit_s)
 
 
 class Cluster(msgspec.Struct, frozen=True, kw_only=True):
@@ -134,6 +154,9 @@ class KafkaLog:
         self._producer: KafkaProducer | None = None
         self._topics: set[str] = set()  # known to exist
         self._has_failed = threading.Event()
+        self._under_way: dict[int, tuple[float, Append]] = {}  # handed over when, by identity
+        self._is_over = threading.Event()
+        threading.Thread(target=self._watch, name="kafka-log-watch", daemon=True).start()
         self._trouble: Exception | None = None  # why the last try to hand over an entry failed
 
     def append(self, topic: str, key: str, payload: bytes) -> Future[Position]:
@@ -144,6 +167,15 @@ class KafkaLog:
 
     def close(self) -> None:
         self._queue.close()
+        self._is_over.set()
+
+    def _watch(self) -> None:
+        """Thread: an entry that the producer neither delivers nor fails long after it should is given up."""
+        most_s = max(5.0, 3 * self._timeout_s)
+        while not self._is_over.wait(WATCH_S):
+            for handed_s, item in list(self._under_way.values()):
+                if time.monotonic() - handed_s > most_s:
+                    self._on_failed(item, TimeoutError("the producer said nothing"))
 
     def _write(self) -> None:
         while (item := self._queue.get()) is not None:
@@ -159,9 +191,11 @@ class KafkaLog:
             try:
                 producer = self._connected(item.topic)
                 reach("producer.handing_over")
+                self._under_way[id(item)] = (time.monotonic(), item)
                 sent = producer.send(self._cluster.name(item.topic), item.payload, item.key.encode())
             except (KafkaError, OSError, ValueError) as error:  # ValueError: partitions not known yet
                 self._trouble = error
+                self._under_way.pop(id(item), None)
                 self._drop_producer()
                 time.sleep(RECONNECT_S)
                 continue
@@ -172,19 +206,22 @@ class KafkaLog:
 
     def _on_acknowledged(self, item: Append, metadata: Any) -> None:
         reach("producer.acknowledged")
-        item.future.set_result(Position(item.topic, metadata.partition, metadata.offset))
+        self._under_way.pop(id(item), None)
+        with suppress(InvalidStateError):  # it was given up
+            item.future.set_result(Position(item.topic, metadata.partition, metadata.offset))
 
     def _on_failed(self, item: Append, error: BaseException) -> None:
+        self._under_way.pop(id(item), None)
         self._has_failed.set()
-        item.future.set_exception(_unavailable(error))
+        with suppress(InvalidStateError):
+            item.future.set_exception(_unavailable(error))
 
     def _connected(self, topic: str) -> KafkaProducer:
         """A producer that has not failed yet, with ``topic`` known to exist."""
         if self._has_failed.is_set():
             self._drop_producer()
         if topic not in self._topics:
-            with self._cluster.admin(self._timeout_s) as admin:
-                self._cluster.make_topics(admin, [topic])
+            within(PATIENCE_S, lambda: self._make_topic(topic))
             self._topics.add(topic)
         if self._producer is None:
             self._cluster.require(self._timeout_s)
@@ -203,11 +240,16 @@ class KafkaLog:
             )
         return self._producer
 
+    def _make_topic(self, topic: str) -> None:
+        with self._cluster.admin(self._timeout_s) as admin:
+            self._cluster.make_topics(admin, [topic])
+
     def _drop_producer(self, flush_s: float = 0.0) -> None:
         producer, self._producer = self._producer, None
         self._topics.clear()  # they may have to be made again
         if producer is not None:
-            producer.close(timeout=flush_s)
+            with suppress(TimeoutError):
+                within(PATIENCE_S, lambda: producer.close(timeout=flush_s))
         self._has_failed.clear()
 
 
@@ -234,16 +276,23 @@ class KafkaReader:
 
     def poll(self, *, max_entries: int, timeout_s: float) -> list[Entry]:
         try:
-            consumer = self._consumer or self._connect()
-            batches = consumer.poll(timeout_ms=int(timeout_s * 1000), max_records=max_entries)
-            if time.monotonic() - self._checked_at > CHECK_S:
-                self._check(consumer)
+            batches = within(PATIENCE_S + timeout_s, lambda: self._poll(max_entries, timeout_s))
         except (OffsetOutOfRangeError, LogTruncationError) as error:
             raise _lost(str(error)) from error
+        except TimeoutError as error:
+            self._consumer = None  # whoever waits in it waits on
+            raise LogUnavailable("Kafka cannot be read: the client does not answer") from error
         except (KafkaError, OSError) as error:
             self.close()
             raise LogUnavailable(f"Kafka cannot be read: {type(error).__name__} {error}") from error
         return [self._entry(record) for records in batches.values() for record in records]
+
+    def _poll(self, max_entries: int, timeout_s: float) -> dict[Any, Any]:
+        consumer = self._consumer or self._connect()
+        batches: dict[Any, Any] = consumer.poll(timeout_ms=int(timeout_s * 1000), max_records=max_entries)
+        if time.monotonic() - self._checked_at > CHECK_S:
+            self._check(consumer)
+        return batches
 
     def _entry(self, record: Any) -> Entry:
         self._next[TopicPartition(record.topic, record.partition)] = record.offset + 1
@@ -299,7 +348,10 @@ class KafkaReader:
 
     def lag(self) -> int:
         try:
-            ends = self._ends(self._consumer or self._connect())
+            ends = within(PATIENCE_S, lambda: self._ends(self._consumer or self._connect()))
+        except TimeoutError as error:
+            self._consumer = None
+            raise LogUnavailable("Kafka cannot be read: the client does not answer") from error
         except (KafkaError, OSError) as error:
             self.close()
             raise LogUnavailable(f"Kafka cannot be read: {type(error).__name__} {error}") from error
@@ -308,7 +360,8 @@ class KafkaReader:
     def close(self) -> None:
         consumer, self._consumer = self._consumer, None
         if consumer is not None:
-            consumer.close(autocommit=False)
+            with suppress(TimeoutError):
+                within(PATIENCE_S, lambda: consumer.close(autocommit=False))
 
 
 def _lost(what: str) -> PositionLost:

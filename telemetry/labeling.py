@@ -10,7 +10,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Iterable, Iterator
 from datetime import datetime
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 
@@ -82,13 +82,14 @@ def judged(
 def label_event(
     shown: PairShown, label: Label, *, source: LabelSource, instructions: str, now: datetime
 ) -> PreferenceRecorded:
-    """The label as the event that it is, the same each time."""
+    """The label as an event whose id is the same each time."""
     name = "\n".join((label.pair_id, source, label.labeler, instructions))
     return judged(
         shown,
         label.choice,
         event_id=str(uuid.uuid5(_NAMESPACE, name)),
-        at=label.at or now,
+        at=now,
+        labeled_at=label.at,
         decided_s=label.decided_s,
         source=source,
         labeler=label.labeler,
@@ -112,16 +113,19 @@ def tasks(pairs: Iterable[PairShown], form: Format) -> Iterator[dict[str, Any]]:
 def labels(document: bytes, form: Format) -> list[Label]:
     """What people chose, as that tool exports it (JSON). Raises InvalidLabels."""
     try:
-        return list((_of_label_studio if form == "label-studio" else _of_argilla)(document))
+        found = list((_of_label_studio if form == "label-studio" else _of_argilla)(document))
     except msgspec.MsgspecError as error:
         raise InvalidLabels(f"no {form} export: {error}") from error
+    if nameless := [label.pair_id for label in found if label.labeler in ("", "0")]:
+        raise InvalidLabels(f"no {form} export of labels that have their labelers: pair {nameless[0]} has none")
+    return found
 
 
 # ---- Label Studio: JSON export -------------------------------------------------------------------------------------
 
 
 class _Value(msgspec.Struct):
-    choices: list[Choice] = []
+    choices: list[str] = []
 
 
 class _Result(msgspec.Struct):
@@ -137,7 +141,7 @@ class _Person(msgspec.Struct):
 class _Annotation(msgspec.Struct):
     result: list[_Result] = []
     completed_by: int | _Person = 0
-    created_at: datetime | None = None
+    created_at: Annotated[datetime, msgspec.Meta(tz=True)] | None = None
     lead_time: float | None = None
     was_cancelled: bool = False
 
@@ -161,15 +165,23 @@ def _of_label_studio(document: bytes) -> Iterator[Label]:
                 raise InvalidLabels(f"pair {task.data.pair_id}: more than one choice in an annotation")
             by = annotation.completed_by
             labeler = str(by) if isinstance(by, int) else by.email or str(by.id)
-            yield Label(task.data.pair_id, labeler, chosen[0], annotation.created_at, annotation.lead_time or 0.0)
+            choice = _choice(chosen[0], task.data.pair_id)
+            yield Label(task.data.pair_id, labeler, choice, annotation.created_at, annotation.lead_time or 0.0)
+
+
+def _choice(value: str, pair_id: str) -> Choice:
+    for choice in CHOICES:
+        if choice == value:
+            return choice
+    raise InvalidLabels(f"pair {pair_id}: {value!r} is none of {', '.join(CHOICES)}")
 
 
 # ---- Argilla 2: records as JSON ------------------------------------------------------------------------------------
 
 
 class _Response(msgspec.Struct):
-    value: Choice
-    user_id: str = ""
+    user_id: str
+    value: str | None = None
 
 
 class _Record(msgspec.Struct):
@@ -180,4 +192,5 @@ class _Record(msgspec.Struct):
 def _of_argilla(document: bytes) -> Iterator[Label]:
     for record in msgspec.json.decode(document, type=list[_Record]):
         for response in record.responses.get(QUESTION, []):
-            yield Label(record.id, response.user_id, response.value)
+            if response.value is not None:  # else it was left open
+                yield Label(record.id, response.user_id, _choice(response.value, record.id))

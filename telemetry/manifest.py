@@ -18,6 +18,7 @@ from pathlib import Path
 import msgspec
 
 from telemetry.crashpoints import reach
+from telemetry.process import sync
 
 ADAPTER_FILE = "adapter.safetensors"
 MANIFEST_FILE = "manifest.json"
@@ -92,15 +93,10 @@ def write_version(store: Path, manifest: Manifest, files: dict[str, Path], key: 
     document = {"manifest": manifest, "digest": digest, "signature": sign(digest, key)}
     (staging / MANIFEST_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(document)))
     for path in staging.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+        sync(path)
     reach("publisher.staged")
     staging.rename(folder)
-    directory = os.open(folder.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    sync(folder.parent)
     return version, folder
 
 

@@ -25,6 +25,7 @@ import msgspec
 
 from telemetry.crashpoints import reach
 from telemetry.event_log import EventLog, LogUnavailable, Offsets, Position, Reader
+from telemetry.process import sync
 
 log = logging.getLogger(__name__)
 
@@ -117,7 +118,7 @@ class Segments:
             for path in sorted(folder.glob("*.segment")):
                 self._number += 1
                 path.rename(self._folder / f"{self._number:012d}.segment")
-            self._sync_folder()
+            sync(self._folder)
 
     def paths(self) -> list[Path]:
         return sorted(self._folder.glob("*.segment"))
@@ -128,7 +129,7 @@ class Segments:
             if self._file is None:
                 self._number += 1
                 self._file = (self._folder / f"{self._number:012d}.segment").open("xb", buffering=0)
-                self._sync_folder()
+                sync(self._folder)
             try:
                 reach("outbox.writing")
                 _write_all(self._file, frames)
@@ -157,13 +158,6 @@ class Segments:
         if self._file is not None:
             self._file.close()
             self._file = None
-
-    def _sync_folder(self) -> None:
-        descriptor = os.open(self._folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 class OutboxLog:

@@ -2,8 +2,8 @@
 
 What a person wrote or was answered is encrypted with the person's key wherever it is written (telemetry/sealing.py).
 The key lies wrapped in a file of its own, ``<state>/keys/people/<pseudonym>``; what it is wrapped with is the key
-provider's: a local master key, or a key management service behind the same two calls. Erasing is overwriting and
-removing that file.
+provider's: a local master key, or a key management service behind the same two calls. Erasing is removing that
+file, and overwriting it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import re
 import secrets
 from collections import OrderedDict
+from contextlib import suppress
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -21,7 +22,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.keywrap import InvalidUnwrap, aes_key_unwrap, aes_key_wrap
 
-from telemetry.process import secret_file
+from telemetry.process import secret_file, sync
 
 MOST_KEPT: Final = 10_000  # keys that a process has unwrapped, each as long as its file is the same
 NOBODY: Final = "nobody"  # whose key seals what belongs to no known person
@@ -30,11 +31,18 @@ _NONCE_BYTES: Final = 12
 
 
 class Forgotten(LookupError):
-    """The person's key is gone: what it sealed can never be read again."""
+    """the person's key was erased: what it sealed can never be read again"""
+
+    def __str__(self) -> str:
+        return self.__doc__ or ""
 
 
 class KeyUnusable(RuntimeError):
-    """A person's key file is damaged, or wrapped by another master key: restore the folder of keys."""
+    """A person's key is missing and was not erased, is damaged, or is wrapped by another master key: restore keys/."""
+
+
+class KeysAway(RuntimeError):
+    """The key provider does not answer."""
 
 
 class KeyProvider(Protocol):
@@ -101,35 +109,55 @@ class _KeyFile(msgspec.Struct, array_like=True):
 
 
 class PersonKeys:
-    """Every person's key, by pseudonym ("" is nobody in particular). Safe to share between threads and processes."""
+    """Every person's key, by pseudonym ("" is nobody in particular). Safe to share between threads and processes.
+
+    Whose key was erased has a tombstone with that key's id: what is merely missing is told apart, and so is a key that
+    a backup brings back.
+    """
 
     def __init__(self, state: Path, provider: KeyProvider) -> None:
-        self._folder, self._provider = state / "keys" / "people", provider
-        self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._people, self._erased = state / "keys" / "people", state / "keys" / "erased"
+        self._provider = provider
+        for folder in (self._people, self._erased):
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._kept: OrderedDict[str, tuple[tuple[int, int], PersonKey]] = OrderedDict()
 
+    def at_hand(self, person: str) -> PersonKey | None:
+        """The key, if this process has unwrapped it and its file is still the same; costs a look at the file."""
+        kept = self._kept.get(person)
+        return kept[1] if kept is not None and kept[0] == self._mark(person) else None
+
     def find(self, person: str) -> PersonKey | None:
-        """The key, or None where there is none (any more). Raises KeyUnusable."""
-        path = self._path(person)
+        """The key, or None where there is none. Raises KeyUnusable, or KeysAway; may wait for the key provider."""
+        if (key := self.at_hand(person)) is not None:
+            return key
+        path, mark = self._path(person), self._mark(person)
         try:
-            found = path.stat()
-            mark = (found.st_ino, found.st_mtime_ns)
-            kept = self._kept.get(person)
-            if kept is not None and kept[0] == mark:
-                return kept[1]
-            content = path.read_bytes()
+            file = msgspec.msgpack.decode(path.read_bytes(), type=_KeyFile)
         except FileNotFoundError:
             self._kept.pop(person, None)
             return None
-        try:
-            file = msgspec.msgpack.decode(content, type=_KeyFile)
         except msgspec.MsgspecError as error:
-            raise KeyUnusable(f"{path}: {KeyUnusable.__doc__}") from error
-        key = PersonKey(file.id, self._provider.unwrap(file.wrapped))
+            raise KeyUnusable(KeyUnusable.__doc__) from error
+        if mark is None or self.is_erased(person, file.id):  # a backup brought it back
+            return None
+        try:
+            key = PersonKey(file.id, self._provider.unwrap(file.wrapped))
+        except OSError as error:
+            raise KeysAway(f"{KeysAway.__doc__} {error}") from error
         self._kept[person] = (mark, key)
         if len(self._kept) > MOST_KEPT:
             self._kept.popitem(last=False)
         return key
+
+    def opener(self, person: str, key_id: str) -> PersonKey:
+        """The key that sealed something. Raises Forgotten where it was erased, KeyUnusable where it is lost."""
+        key = self.find(person)
+        if key is not None and key.id == key_id:
+            return key
+        if not key_id or self.is_erased(person, key_id):
+            raise Forgotten()
+        raise KeyUnusable(KeyUnusable.__doc__)
 
     def obtain(self, person: str) -> PersonKey:
         """The key, made durably where there is none yet."""
@@ -137,52 +165,80 @@ class PersonKeys:
             self._make(person)
         return key
 
-    def people(self) -> int:
-        """How many have a key."""
-        return sum(1 for path in self._folder.iterdir() if _PSEUDONYM.fullmatch(path.name))
+    def is_erased(self, person: str, key_id: str) -> bool:
+        """Whether that key of the person was erased."""
+        try:
+            return key_id in self._tombstone(person).read_text().split()
+        except FileNotFoundError:
+            return False
 
     def erase(self, person: str) -> bool:
-        """Delete the key, durably; whether there was one."""
+        """Delete the key, durably; whether there was one. What a crash interrupts is done when it is asked again."""
         if not person:
             raise ValueError("nobody in particular cannot be forgotten")
         path = self._path(person)
-        self._kept.pop(person, None)
         try:
-            with path.open("r+b") as file:
-                file.write(bytes(path.stat().st_size))
-                file.flush()
-                os.fsync(file.fileno())
-            path.unlink()
+            content = path.read_bytes()
         except FileNotFoundError:
             return False
-        self._sync()
+        with self._tombstone(person).open("a") as tombstone:
+            try:
+                tombstone.write(f"{msgspec.msgpack.decode(content, type=_KeyFile).id}\n")
+            except msgspec.MsgspecError:  # a damaged key opens nothing anyway
+                tombstone.write("\n")
+            tombstone.flush()
+            os.fsync(tombstone.fileno())
+        sync(self._erased)
+        leaving = path.with_name(f".{secrets.token_hex(8)}")
+        path.rename(leaving)
+        sync(self._people)
+        with leaving.open("r+b") as file:
+            file.write(bytes(len(content)))
+            file.flush()
+            os.fsync(file.fileno())
+        leaving.unlink()
+        self._kept.pop(person, None)
         return True
 
     def _make(self, person: str) -> None:
-        content = msgspec.msgpack.encode(_KeyFile(secrets.token_hex(8), self._provider.wrap(secrets.token_bytes(32))))
-        staging = self._folder / f".{secrets.token_hex(8)}"
+        try:
+            wrapped = self._provider.wrap(secrets.token_bytes(32))
+        except OSError as error:
+            raise KeysAway(f"{KeysAway.__doc__} {error}") from error
+        staging = self._people / f".{secrets.token_hex(8)}"
         descriptor = os.open(staging, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         try:
             with os.fdopen(descriptor, "wb") as file:
-                file.write(content)
+                file.write(msgspec.msgpack.encode(_KeyFile(secrets.token_hex(8), wrapped)))
                 file.flush()
                 os.fsync(file.fileno())
-            try:
-                os.link(staging, self._path(person))
-            except FileExistsError:  # another process was quicker: its key is the person's
-                return
+            path = self._path(person)
+            if path.exists():
+                self._drop_revived(person, path)
+            with suppress(FileExistsError):  # another process was quicker: its key is the person's
+                os.link(staging, path)
         finally:
             staging.unlink()
-        self._sync()
+        sync(self._people)
+
+    def _drop_revived(self, person: str, path: Path) -> None:
+        """A key that was erased, and that a backup brought back, gives way."""
+        with suppress(FileNotFoundError, msgspec.MsgspecError):
+            if self.is_erased(person, msgspec.msgpack.decode(path.read_bytes(), type=_KeyFile).id):
+                path.unlink()
+
+    def _mark(self, person: str) -> tuple[int, int] | None:
+        """What tells one key file from another that took its place."""
+        try:
+            found = self._path(person).stat()
+        except FileNotFoundError:
+            return None
+        return found.st_ino, found.st_mtime_ns
 
     def _path(self, person: str) -> Path:
         if person and not _PSEUDONYM.fullmatch(person):
             raise ValueError(f"{person!r} is no pseudonym")
-        return self._folder / (person or NOBODY)
+        return self._people / (person or NOBODY)
 
-    def _sync(self) -> None:
-        descriptor = os.open(self._folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    def _tombstone(self, person: str) -> Path:
+        return self._erased / self._path(person).name

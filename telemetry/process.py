@@ -55,6 +55,15 @@ def secret_file(path: Path) -> bytes:
     return key
 
 
+def sync(path: Path) -> None:
+    """Make a file's content, or a folder's entries, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def _make_key(path: Path) -> None:
     descriptor, staging = tempfile.mkstemp(dir=path.parent)  # its mode is 0600
     with os.fdopen(descriptor, "wb") as file:

@@ -7,14 +7,13 @@ with the person's key, or hears that the person is forgotten.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Final, NamedTuple, TypeVar
 
 import msgspec
 from msgspec.structs import replace
 
 from telemetry.events import Completion, FeedbackRecorded, Message, PairShown, PreferenceRecorded, Sealed
-from telemetry.people import Forgotten, PersonKey, PersonKeys
+from telemetry.people import Forgotten, KeyUnusable, PersonKey, PersonKeys
 
 R = TypeVar("R", bound=msgspec.Struct)
 
@@ -54,45 +53,45 @@ _contents = msgspec.msgpack.Decoder(_Content)
 _encoder = msgspec.msgpack.Encoder()
 
 
-Redact = Callable[[Any, Shape], Any]
-
-
 class Sealer:
     """Seals and opens; without keys it leaves everything as it is."""
 
-    def __init__(self, keys: PersonKeys | None, *, is_sealing: bool = True, redact: Redact | None = None) -> None:
-        """``is_sealing`` False: only what was sealed before is opened. ``redact``: what events go through before."""
+    def __init__(self, keys: PersonKeys | None, *, is_sealing: bool = True) -> None:
+        """``is_sealing`` False: only what was sealed before is opened."""
         self.keys, self.is_sealing = keys, is_sealing and keys is not None
-        self._redact = redact
 
-    def prepare(self, person: str) -> None:
-        """Make sure that the person has a key; may wait for the disk."""
-        if self.keys is not None and self.is_sealing:
-            self.keys.obtain(person)
+    def prepare(self, person: str) -> str:
+        """The id of the person's key, made where there is none; may wait for the disk and the key provider."""
+        return self.keys.obtain(person).id if self.keys is not None and self.is_sealing else ""
 
-    def is_prepared(self, person: str) -> bool:
-        """Whether ``prepare`` has nothing to do."""
-        return self.keys is None or not self.is_sealing or self.keys.find(person) is not None
+    def key_id(self, person: str) -> str | None:
+        """What ``prepare`` returns, if it need not wait for that; None where it must be asked."""
+        if self.keys is None or not self.is_sealing:
+            return ""
+        key = self.keys.at_hand(person)
+        return None if key is None else key.id
 
-    def seal(self, event: R) -> R:
-        """The event without its texts, and these sealed within it. Raises Forgotten where the person has no key."""
+    def seal(self, event: R, *, key_id: str = "") -> R:
+        """The event without its texts, and these sealed within it.
+
+        Raises Forgotten where the person has no key, or not the one called ``key_id`` any more.
+        """
         shape = SHAPES.get(type(event))
         if shape is None:
             return event
-        redacted = self._redact(event, shape) if self._redact else event
-        sealed: R = self.seal_record(redacted, shape, name=event.event_id)  # type: ignore[attr-defined]
+        sealed: R = self.seal_record(event, shape, name=event.event_id, key_id=key_id)  # type: ignore[attr-defined]
         return sealed
 
     def open(self, event: R) -> R:
-        """The event with its texts. Raises Forgotten, or KeyUnusable."""
+        """The event with its texts. Raises Forgotten, KeyUnusable or KeysAway."""
         shape = SHAPES.get(type(event))
         return event if shape is None else self.open_record(event, shape, name=event.event_id)  # type: ignore[attr-defined]
 
-    def seal_record(self, record: Any, shape: Shape, *, name: str) -> Any:
+    def seal_record(self, record: Any, shape: Shape, *, name: str, key_id: str = "") -> Any:
         """``seal`` for a record of this shape, with ``user``, ``prompt`` and ``sealed``; ``name`` is its own alone."""
         if not self.is_sealing or record.sealed is not None:
             return record
-        key = self._key(record.user)
+        key = self._key(record.user, key_id)
         sides = [getattr(record, field) for field in shape.sides]
         content = _Content(
             record.prompt,
@@ -107,10 +106,7 @@ class Sealer:
         sealed = record.sealed
         if sealed is None:
             return record
-        key = self._key(record.user)
-        if key.id != sealed.key_id:
-            raise Forgotten(record.user)
-        content = _contents.decode(key.decrypt(sealed.data, _context(record, name)))
+        content = _contents.decode(self._opener(record.user, sealed).decrypt(sealed.data, _context(record, name)))
         sides = {
             field: _with_words(getattr(record, field), words)
             for field, words in zip(shape.sides, content.sides, strict=True)
@@ -120,11 +116,11 @@ class Sealer:
             notes["reasons"] = tuple(notes["reasons"])
         return replace(record, prompt=content.prompt, sealed=None, **sides, **notes)
 
-    def seal_bytes(self, person: str, text: bytes, name: str) -> bytes:
-        """``text`` for whoever has the person's key. Raises Forgotten."""
+    def seal_bytes(self, person: str, text: bytes, name: str, *, key_id: str = "") -> bytes:
+        """``text`` for whoever has the person's key. Raises as ``seal``."""
         if not self.is_sealing:
             return text
-        key = self._key(person)
+        key = self._key(person, key_id)
         envelope = _Envelope(person, Sealed(key.id, key.encrypt(text, name.encode())))
         return MARK + _encoder.encode(envelope)
 
@@ -133,18 +129,18 @@ class Sealer:
         if not sealed.startswith(MARK):
             return sealed
         envelope = msgspec.msgpack.decode(sealed[len(MARK) :], type=_Envelope)
-        key = self._key(envelope.person)
-        if key.id != envelope.sealed.key_id:
-            raise Forgotten(envelope.person)
-        return key.decrypt(envelope.sealed.data, name.encode())
+        return self._opener(envelope.person, envelope.sealed).decrypt(envelope.sealed.data, name.encode())
 
-    def _key(self, person: str) -> PersonKey:
-        if self.keys is None:
-            raise Forgotten("this deployment has no keys ([telemetry] encryption)")
-        key = self.keys.find(person)
-        if key is None:
-            raise Forgotten(person)
+    def _key(self, person: str, key_id: str) -> PersonKey:
+        key = self.keys.find(person) if self.keys is not None else None
+        if key is None or (key_id and key.id != key_id):
+            raise Forgotten()
         return key
+
+    def _opener(self, person: str, sealed: Sealed) -> PersonKey:
+        if self.keys is None:
+            raise KeyUnusable("this deployment has no keys: restore its folder keys/")
+        return self.keys.opener(person, sealed.key_id)
 
 
 def bare(record: Any, shape: Shape, sealed: Sealed = NOTHING) -> Any:

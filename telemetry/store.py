@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Final
@@ -261,15 +261,16 @@ def preferences(root: Path | str, *, with_retracted: bool = False) -> Iterator[d
                     yield row
 
 
+def opened(rows: Iterable[Mapping[str, Any]], sealer: Sealer) -> Iterator[Any]:
+    """The events in ``rows`` with their texts; without those of people who are forgotten."""
+    for row in rows:
+        with suppress(Forgotten):
+            yield sealer.open(decode(row["event"].encode()))
+
+
 def verdicts(root: Path | str, sealer: Sealer) -> Iterator[PreferenceRecorded]:
     """The verdicts that were not taken back, with their texts; without those of people who are forgotten."""
-    for row in preferences(root):
-        event = decode(row["event"].encode())
-        assert isinstance(event, PreferenceRecorded)
-        try:
-            yield sealer.open(event)
-        except Forgotten:
-            continue
+    return opened(preferences(root), sealer)
 
 
 def trl_rows(events: Iterable[PreferenceRecorded]) -> Iterator[dict[str, list[dict[str, Any]]]]:

@@ -19,6 +19,7 @@ from starlette.types import ASGIApp
 
 from router.app import build_app
 from router.config import RouterConfig
+from router.private import Private
 from router.protocol import PatientProtocol
 from router.services import open_services
 from serving.echo_engine import EchoEngine
@@ -32,9 +33,11 @@ from telemetry.events import TOPICS, AnyEvent, decode, utc_now
 from telemetry.manifest import Manifest
 from telemetry.people import Forgotten
 from telemetry.process import signing_key
+from telemetry.redaction import Redactor
 from telemetry.routing import REPLICAS_KEY, ROUTING_KEY, Replica, ReplicaTable, RoutingTable, VariantRoute
 from telemetry.sealing import Sealer
 
+PLAIN = Private(Sealer(None), Redactor(()))  # nothing is sealed or taken out
 STABLE = "v000003-0000abcd"
 CANARY = "v000004-0000dcba"
 POLL_S = 0.05

@@ -18,6 +18,7 @@ from telemetry.events import (
 )
 from telemetry.routing import ReplicaTable, VariantRoute
 
+USERS = ("end_user", "simulated")  # whose verdicts are evidence: many labels of one pair are not many users
 LIVE_CHANNELS = ("stable", "canary")  # what users got; pinned answers and probes prove nothing about traffic
 # what weights can do to an engine; every other error of an answer is the client's, the load's or the machine's
 OWN_ERRORS = ("engine_error", "engine_failed", "not_finite", "version_mismatch")
@@ -108,7 +109,7 @@ def _candidate(event: VersionPublished) -> Candidate:
 
 
 def _judged(event: PreferenceRecorded) -> tuple[str, Input] | None:
-    if event.chosen.variant != event.rejected.variant:
+    if event.source not in USERS or event.chosen.variant != event.rejected.variant:
         return None
     is_tie = event.outcome != "chosen_rejected"
     shown_at_s = event.shown_at.timestamp()

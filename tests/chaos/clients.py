@@ -16,7 +16,7 @@ USERS = 4
 GIVE_UP_S = 90.0
 PAUSE_S = 0.02
 TIMEOUT = aiohttp.ClientTimeout(total=40.0)
-REFUSED = 503, 502, 504, 429, 500
+NOT_NOW = 503, 502, 504, 429, 500
 
 
 class Clients(threading.Thread):
@@ -55,7 +55,8 @@ class Clients(threading.Thread):
         status, _ = await self._until_done(http, "POST", "/v1/preferences", body)
         if status not in (200, 201):
             with self._verdicts.lock:
-                self._verdicts.refused[str(status)] += 1
+                if status not in (0, *NOT_NOW):
+                    self._verdicts.refused.add(f"{name}: {status}")
             return
         with self._verdicts.lock:
             self._verdicts.acknowledged.add(name)
@@ -69,7 +70,7 @@ class Clients(threading.Thread):
         deadline = asyncio.get_running_loop().time() + GIVE_UP_S
         while True:
             status, answer = await self._call(http, method, path, body)
-            if status not in (0, *REFUSED) or asyncio.get_running_loop().time() > deadline:
+            if status not in (0, *NOT_NOW) or asyncio.get_running_loop().time() > deadline:
                 return status, answer
             await asyncio.sleep(0.2)
 

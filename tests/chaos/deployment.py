@@ -131,9 +131,6 @@ class Deployment:
                         self._start(name)
             time.sleep(0.05)
 
-    def name_of(self, pid: int) -> str:
-        return next((name for name, process in self.running.items() if process.pid == pid), "?")
-
     def end(self, name: str) -> None:
         """Stop one process gracefully, for good."""
         with self._lock:

@@ -28,7 +28,7 @@ class Verdicts:
     tried: set[str] = field(default_factory=set)
     acknowledged: set[str] = field(default_factory=set)
     stale: set[str] = field(default_factory=set)
-    refused: Counter[str] = field(default_factory=Counter)
+    refused: set[str] = field(default_factory=set)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -45,6 +45,7 @@ class Findings:
     stale: frozenset[str]
     trained_twice: frozenset[str]
     untrained: frozenset[str]
+    refused: frozenset[str]  # for good, though their pair had just been offered
 
     @property
     def is_clean(self) -> bool:
@@ -52,7 +53,7 @@ class Findings:
         return not any(self.faults().values())
 
     def faults(self) -> dict[str, int]:
-        names = ("lost", "duplicated", "phantom", "reordered", "stale", "trained_twice", "untrained")
+        names = ("lost", "duplicated", "phantom", "reordered", "stale", "trained_twice", "untrained", "refused")
         return {name: len(getattr(self, name)) for name in names}
 
 
@@ -93,6 +94,7 @@ def check(store: Path, verdicts: Verdicts, history: Path) -> Findings:
         stale=frozenset(verdicts.stale),
         trained_twice=frozenset(name for name, count in trained.items() if count > 1),
         untrained=frozenset(set(given) - trained.keys() - dropped),
+        refused=frozenset(verdicts.refused),
     )
 
 

@@ -25,7 +25,9 @@ from deploy.kafka.broker import Broker
 from telemetry.config import TelemetryConfig, open_log
 from telemetry.configuration import read_table
 from telemetry.crashpoints import POINTS
+from telemetry.events import TOPICS
 from telemetry.outbox import OutboxLog
+from telemetry.store import Store
 from tests.chaos.clients import Clients
 from tests.chaos.deployment import Deployment, deployed
 from tests.chaos.history import Findings, Verdicts, appended, check
@@ -158,10 +160,23 @@ class Sweep:
         _drain_outbox(deployment)
         deadline = time.monotonic() + self.settings.drain_s
         while True:
+            is_late, is_read = time.monotonic() > deadline, _is_read(deployment)
             found = check(store, self.verdicts, deployment.history)
-            if not (found.lost or found.untrained) or time.monotonic() > deadline:
+            if is_late or (is_read and not (found.lost or found.untrained)):
                 return found
             time.sleep(1.0)
+
+
+def _is_read(deployment: Deployment) -> bool:
+    """Whether the store holds the log to its end."""
+    telemetry = read_table(deployment.config, "telemetry", TelemetryConfig)
+    log = open_log(telemetry)
+    reader = log.reader(TOPICS, Store(telemetry.store_root).offsets())
+    try:
+        return reader.lag() == 0
+    finally:
+        reader.close()
+        log.close()
 
 
 def _drain_outbox(deployment: Deployment) -> None:
@@ -180,8 +195,8 @@ def said(sweep: Sweep, found: Findings, seconds: float) -> dict[str, object]:
     return {
         "kills_and_faults": sum(sweep.done.values()), "by_fault": dict(sweep.done), "not_reached": dict(sweep.missed),
         "events": found.events, "acknowledged": found.acknowledged, "appended": len(tried), "of_these_done": len(done),
-        "verdicts": len(sweep.verdicts.acknowledged), "refused": dict(sweep.verdicts.refused),
-        "ends": dict(sweep.deployment.ends), "seconds": round(seconds), **found.faults(), "is_clean": found.is_clean,
+        "verdicts": len(sweep.verdicts.acknowledged), "ends": dict(sweep.deployment.ends), "seconds": round(seconds),
+        **found.faults(), "is_clean": found.is_clean,
     }  # fmt: skip
 
 

@@ -13,11 +13,15 @@ import pytest
 from deploy.audit import entries, record, verify
 from online_trainer import checkpoint
 from router.pairs import pseudonym
+from router.private import Private
 from telemetry.config import TelemetryConfig, open_sealer
 from telemetry.events import AUDIT, AuditRecorded, FeedbackRecorded, PersonErased, PreferenceRecorded
 from telemetry.outbox import read_segment
+from telemetry.people import Forgotten
 from telemetry.process import signing_key
+from telemetry.redaction import Redactor
 from telemetry.store import verdicts
+from tests import examples
 from tests.integration.recording import RecorderProcess, stored_ids, wait_for
 from tests.integration.test_trainer import Bench
 from tests.router_stack import Stack, running_stack
@@ -111,6 +115,27 @@ async def test_whoever_is_erased_cannot_be_read_any_more_and_others_can(stack: S
             ("erased", person)
         ] * 2
         assert not any("ann" in str(event.details) for event in audited)
+
+
+@pytest.mark.parametrize("path", ["/v1/users/", "/v1/users/ann/consent"])
+async def test_only_a_user_can_be_erased(path: str, stack: Stack) -> None:
+    await spoken(stack, "ann", SECRET)
+    async with stack.http.delete(path) as response:
+        assert response.status == 404
+    assert not await stack.events(PersonErased)
+
+
+async def test_what_is_under_way_when_a_person_is_erased_is_not_written_under_their_next_key(stack: Stack) -> None:
+    private = Private(open_sealer(stack.telemetry), Redactor(()))
+    person = pseudonym(signing_key(stack.telemetry.state_path), "ann")
+    await stack.pair(user="ann")
+    before = private.key_at_hand(person) or await private.key_of(person)
+    async with stack.http.delete("/v1/users/ann") as response:
+        assert response.status == 200
+    await stack.pair(user="ann", messages=[{"role": "user", "content": "I am back"}])
+    shown = msgspec.structs.replace(examples.pair(1), user=person)
+    with pytest.raises(Forgotten):
+        await private.sealed(shown, before)
 
 
 async def test_who_comes_back_starts_anew(stack: Stack) -> None:

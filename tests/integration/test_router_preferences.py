@@ -28,8 +28,7 @@ from telemetry.events import (
     utc_now,
 )
 from telemetry.process import signing_key
-from telemetry.sealing import Sealer
-from tests.router_stack import STABLE, Stack, fast, running_stack
+from tests.router_stack import PLAIN, STABLE, Stack, fast, running_stack
 from tests.servers import RedisServer
 
 
@@ -370,7 +369,7 @@ async def test_a_claim_is_its_own_append_where_the_log_is_the_same_redis(
     pair = (await stack.pair())["preference"]["pair_id"]
     shown = next(event for event in await stack.events(PairShown, expected=1) if event.pair_id == pair)
     event = to_preference(shown, VerdictRequest(pair_id=pair, token="", choice="a"), at=utc_now())
-    ledger = Ledger(None, stack.redis, Gathered(stack.redis), None, Sealer(None), completion_ttl_s=1)  # type: ignore[arg-type]
+    ledger = Ledger(None, stack.redis, Gathered(stack.redis), None, PLAIN, completion_ttl_s=1)  # type: ignore[arg-type]
     claims = Claims(stack.redis, ledger, ttl_s=60, lease_s=5, embedded_log=embedded_log)
     made = await claims.make(Claim("a", "", event))
     assert (made.durable_before, made.is_ours, made.durable) == ("", True, durable)

@@ -112,8 +112,28 @@ def another_name_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(judging, "judged", lambda *a, **k: judged(*a, **(k | {"event_id": new_id()})))
 
 
+def last_choice_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A later click with another choice takes the place of the first."""
+    claim = parts.FakeRedis._claim
+
+    async def overwriting(self: parts.FakeRedis, *, keys: list[str], args: list[Any]) -> Any:
+        self.hashes.setdefault(keys[0], {})[b"claim"] = args[0]
+        return await claim(self, keys=keys, args=args)
+
+    monkeypatch.setattr(parts.FakeRedis, "_claim", overwriting)
+
+
 @pytest.mark.parametrize(
-    "plant", [offsets_first, forgetful, waiting_left_out, told_first, acknowledged_unread, another_name_each_time]
+    "plant",
+    [
+        last_choice_wins,
+        offsets_first,
+        forgetful,
+        waiting_left_out,
+        told_first,
+        acknowledged_unread,
+        another_name_each_time,
+    ],
 )
 def test_a_planted_bug_is_found(
     plant: Callable[[pytest.MonkeyPatch], None], loop: asyncio.AbstractEventLoop, monkeypatch: pytest.MonkeyPatch

@@ -26,6 +26,8 @@ def some(first: int, count: int) -> tuple[int, list[str]]:
                 run_seed(seed, loop)
             except Broken as error:
                 broken.append(str(error))
+            except Exception as error:  # noqa: BLE001  named with its seed, so that it can be looked at
+                broken.append(f"seed {seed}: {type(error).__name__}: {error}")
     finally:
         loop.close()
     return count - len(broken), broken
@@ -39,7 +41,8 @@ def main() -> int:
     begun, held, broken = time.monotonic(), 0, list[str]()
     firsts = range(options.first, options.first + options.seeds, CHUNK)
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        for count, faults in pool.map(some, firsts, [CHUNK] * len(firsts)):
+        last = options.first + options.seeds
+        for count, faults in pool.map(some, firsts, [min(CHUNK, last - first) for first in firsts]):
             held += count
             broken += faults
     for fault in broken[:10]:

@@ -25,7 +25,7 @@ import telemetry.store as storing
 from online_trainer.ingest import reason_to_drop
 from router.admission import OPEN_CALLER
 from router.claims import Claims
-from router.errors import RouterError
+from router.errors import Conflict, RouterError
 from router.ledger import Ledger
 from router.pairs import PAIR_KEY, PairMemory, RememberedPair, Ticket, preference_id, sign_ticket
 from router.preferences import Preferences
@@ -34,8 +34,8 @@ from telemetry import tracing
 from telemetry.events import PREFERENCES, VERSIONS, PairShown, PreferenceRecorded, PreferenceRetracted
 from telemetry.receipts import Receipts, receipt_key
 from telemetry.recorder import Recorder
-from telemetry.sealing import Sealer
 from tests import examples
+from tests.router_stack import PLAIN
 from tests.simulation.parts import (
     Checkpoints,
     Crash,
@@ -51,6 +51,7 @@ from tests.simulation.parts import (
 
 KEY = b"k" * 32
 STEPS, PAIRS = 90, 8
+OTHER = {"a": "b", "b": "tie", "tie": "a"}
 LEASE_S = 2.0
 FOR_EVER_S = 1e9
 
@@ -70,7 +71,7 @@ class Simulation:
         self.disk, self.versions = Checkpoints(self.world), Versions(self.world)
         self.shown: dict[str, tuple[PairShown, str]] = {}  # pair id → pair, choice
         self.tried: set[str] = set()
-        self.acknowledged: set[str] = set()
+        self.acknowledged: dict[str, str] = {}  # preference id → the choice that was acknowledged
 
     def start(self) -> None:
         """All three processes."""
@@ -84,11 +85,11 @@ class Simulation:
         redis: Any = self.redis
         nothing: Any = None
         outbox: Any = Outbox(self.log)
-        ledger = Ledger(outbox, redis, nothing, nothing, Sealer(None), completion_ttl_s=60)
+        ledger = Ledger(outbox, redis, nothing, nothing, PLAIN, completion_ttl_s=60)
         pairs = PairMemory(redis, nothing, 3600)
         self.claims = Claims(redis, ledger, ttl_s=3600, lease_s=LEASE_S, embedded_log=False)
         self.router = Preferences(
-            key=KEY, sealer=Sealer(None), pairs=pairs, ledger=ledger, claims=self.claims,
+            key=KEY, private=PLAIN, pairs=pairs, ledger=ledger, claims=self.claims,
             book=cast(Any, SimpleNamespace(status=_accepted)), lease_s=LEASE_S,
         )  # fmt: skip
 
@@ -160,25 +161,29 @@ class Simulation:
     def _click(self, pair_id: str, *, times: int = 1) -> None:
         pair, choice = self.shown[pair_id]
         token = sign_ticket(KEY, Ticket(pair_id, pair.user, FOR_EVER_S))
-        body = VerdictRequest(pair_id=pair_id, token=token, choice=cast(Any, choice))
         name = preference_id(pair_id)
         self.tried.add(name)
+        choices = [OTHER[choice] if self.world.happens(0.1) else choice for _ in range(times)]
+        bodies = [VerdictRequest(pair_id=pair_id, token=token, choice=cast(Any, each)) for each in choices]
 
         async def clicks() -> list[Any]:
-            asked = [self.router.record(body, OPEN_CALLER) for _ in range(times)]
-            answers = [await _outcome(each) for each in asked]
+            answers = await asyncio.gather(*(_outcome(self.router.record(body, OPEN_CALLER)) for body in bodies))
             while self.router._ledger._background:
                 await asyncio.gather(*self.router._ledger._background, return_exceptions=True)
             return answers
 
-        for answer in self._loop.run_until_complete(clicks()):
+        for said, answer in zip(choices, self._loop.run_until_complete(clicks()), strict=True):
             if isinstance(answer, Crash):
                 self._again("router")
+            elif isinstance(answer, Conflict):  # the other choice was first
+                self.world.note("conflict", name)
             elif isinstance(answer, BaseException):
                 self.world.note("refused", name, type(answer).__name__)
             else:
-                self.world.note("acknowledged", name, answer.replayed)
-                self.acknowledged.add(name)
+                self.world.note("acknowledged", name, answer.replayed, said)
+                self.acknowledged.setdefault(name, said)
+                if self.acknowledged[name] != said:
+                    raise Broken(f"seed {self.seed}: {name} was acknowledged as {said} and before as another")
 
     def retract(self) -> None:
         """A verdict is taken back: an event like any other; sometimes it overtakes its verdict."""
@@ -209,13 +214,11 @@ class Simulation:
         counts = Counter(row["event_id"] for row in rows)
         given = {row["event_id"]: row for row in rows if row["type"] == PreferenceRecorded.__name__}
         self._must("no event is stored twice", [name for name, count in counts.items() if count > 1])
-        self._must("every acknowledged verdict is stored", self.acknowledged - given.keys())
+        self._must("every acknowledged verdict is stored", self.acknowledged.keys() - given.keys())
         self._must("no verdict is stored that nobody gave", given.keys() - self.tried)
-        self._must("every verdict was acknowledged in the end", self.tried - self.acknowledged)
-        choices = {preference_id(name): choice for name, (_, choice) in self.shown.items()}
         decoded = {name: events.decode(row["event"].encode()) for name, row in given.items()}
-        wrong = [n for n, e in decoded.items() if isinstance(e, PreferenceRecorded) and not _is(e, choices[n])]
-        self._must("the first choice holds", wrong)
+        wrong = [n for n, said in self.acknowledged.items() if n in given and not _is(decoded[n], said)]
+        self._must("what was acknowledged is what is stored", wrong)
         self._must("every stored verdict has its receipt", [n for n in given if not self._has_receipt(n)])
         self._check_training(decoded)
 
@@ -256,7 +259,7 @@ class Simulation:
         return hashlib.sha256(left.encode()).hexdigest()
 
 
-def _is(event: PreferenceRecorded, choice: str) -> bool:
+def _is(event: Any, choice: str) -> bool:
     return event.chosen_position == (choice if choice in "ab" else "") and (event.outcome == "tie") == (choice == "tie")
 
 

@@ -17,7 +17,7 @@ from router.ledger import Ledger, found_soon
 from router.schema import ChatRequest
 from serving.wire import Chunk, Sampling, TokenLogprob
 from telemetry.events import COMPLETIONS
-from telemetry.sealing import Sealer
+from tests.router_stack import PLAIN
 
 ARM = Arm("main", "tiny", "v", "stable", 1.0, 1.0)
 
@@ -88,7 +88,7 @@ def answered(ledger: Ledger, name: str, *others: Answer) -> None:
 async def test_an_answer_can_be_rated_before_it_is_written_and_those_that_gather_go_together() -> None:
     redis, log = Redis(), Log()
     redis.let_go.set()
-    ledger = Ledger(log, redis, Gathered(redis), None, Sealer(None), completion_ttl_s=60)  # type: ignore[arg-type]
+    ledger = Ledger(log, redis, Gathered(redis), None, PLAIN, completion_ttl_s=60)  # type: ignore[arg-type]
     answered(ledger, "one")
     answered(ledger, "two")
     for _ in range(10):
@@ -105,7 +105,7 @@ async def test_an_answer_can_be_rated_before_it_is_written_and_those_that_gather
 async def test_what_ends_after_the_end_leaves_at_once_and_a_closed_log_loses_it_with_a_count() -> None:
     redis, log = Redis(), Log()
     redis.let_go.set()
-    ledger = Ledger(log, redis, Gathered(redis), None, Sealer(None), completion_ttl_s=60)  # type: ignore[arg-type]
+    ledger = Ledger(log, redis, Gathered(redis), None, PLAIN, completion_ttl_s=60)  # type: ignore[arg-type]
     await ledger.settled()
     answered(ledger, "late")
     assert log.appended == 1
@@ -126,7 +126,7 @@ async def test_what_cannot_be_written_is_let_go_and_the_next_answer_is_tried_aga
     redis = Redis()
     redis.is_away = True
     redis.let_go.set()
-    ledger = Ledger(Log(), redis, Gathered(redis), None, Sealer(None), completion_ttl_s=60)  # type: ignore[arg-type]
+    ledger = Ledger(Log(), redis, Gathered(redis), None, PLAIN, completion_ttl_s=60)  # type: ignore[arg-type]
     answered(ledger, "one")
     await ledger.settled()
     assert "no thumb for 1 answers" in caplog.text
@@ -150,7 +150,7 @@ async def test_tokens_cost_what_their_variant_says_and_a_prompt_read_once_counts
         answers.append(answer)
     redis = Redis()
     redis.let_go.set()
-    ledger = Ledger(Log(), redis, Gathered(redis), None, Sealer(None), completion_ttl_s=60)  # type: ignore[arg-type]
+    ledger = Ledger(Log(), redis, Gathered(redis), None, PLAIN, completion_ttl_s=60)  # type: ignore[arg-type]
     answered(ledger, "one", *answers)
     await ledger.settled()
     spent = {name: REGISTRY.get_sample_value("tiebreak_cost_total", {"variant": name, "version": version})

@@ -16,7 +16,7 @@ from router.gathered import Gathered
 from router.ledger import Ledger
 from router.receipts import ReceiptBook
 from telemetry.events import Completion, PreferenceRecorded, utc_now
-from telemetry.sealing import Sealer
+from tests.router_stack import PLAIN
 
 
 class Redis:
@@ -63,7 +63,7 @@ class Redis:
 
 
 def book_on(redis: Any) -> tuple[ReceiptBook, Claims]:
-    ledger = Ledger(None, redis, Gathered(redis), None, Sealer(None), completion_ttl_s=1)  # type: ignore[arg-type]
+    ledger = Ledger(None, redis, Gathered(redis), None, PLAIN, completion_ttl_s=1)  # type: ignore[arg-type]
     claims = Claims(redis, ledger, ttl_s=1, lease_s=1, embedded_log=False)
     return ReceiptBook(redis, ledger, claims), claims
 

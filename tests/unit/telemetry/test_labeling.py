@@ -49,7 +49,7 @@ def test_what_label_studio_exports_is_read() -> None:
         annotation("b", created_at="2026-01-02T03:04:05.123456Z", lead_time=12.5),
         annotation("tie", completed_by=4),
         annotation("a", was_cancelled=True),
-        {"result": []},
+        {"result": [{"from_name": "topic", "value": {"choices": ["gardens"]}}]},
     )
     first, second = labels(document, "label-studio")
     assert (first.pair_id, first.labeler, first.choice, first.decided_s) == (
@@ -58,14 +58,16 @@ def test_what_label_studio_exports_is_read() -> None:
         "b",
         12.5,
     )
-    assert first.at is not None and first.at.year == 2026
+    assert first.at is not None
+    assert first.at.year == 2026
     assert (second.labeler, second.choice) == ("4", "tie")
     for choice in ("a", "b", "tie", "both_bad", "skip"):
         assert f'value="{choice}"' in LABEL_STUDIO_VIEW
 
 
 def test_what_argilla_exports_is_read() -> None:
-    found = labels(argilla({"value": "a", "user_id": "u1"}, {"value": "b", "user_id": "u2"}), "argilla")
+    left_open = {"value": None, "user_id": "u3"}
+    found = labels(argilla({"value": "a", "user_id": "u1"}, {"value": "b", "user_id": "u2"}, left_open), "argilla")
     assert [(label.labeler, label.choice) for label in found] == [("u1", "a"), ("u2", "b")]
 
 
@@ -78,10 +80,14 @@ def test_what_argilla_exports_is_read() -> None:
         ("label-studio", label_studio(annotation("better"))),
         ("argilla", argilla({"value": "left"})),
         ("argilla", b"\xff"),
+        ("argilla", argilla({"value": "a", "user_id": ""})),
+        ("argilla", argilla({"value": "a"})),
+        ("label-studio", label_studio(annotation("a", completed_by=0))),
+        ("label-studio", label_studio(annotation("a", created_at="2026-01-02T03:04:05"))),
     ],
 )
 def test_another_file_is_refused_with_the_place(form: Format, document: bytes) -> None:
-    with pytest.raises(InvalidLabels, match=form):
+    with pytest.raises(InvalidLabels, match=f"{form}|none of"):
         labels(document, form)
 
 
@@ -95,8 +101,9 @@ def test_another_file_is_refused_with_the_place(form: Format, document: bytes) -
     ],
 )
 def test_a_label_is_a_verdict_with_its_labeler(choice: Choice, chosen: str, outcome: str, position: str) -> None:
-    label = Label(SHOWN.pair_id, "eva", choice, decided_s=2.0)
-    event = label_event(SHOWN, label, source="labeler", instructions="2026-01", now=utc_now())
+    label, now = Label(SHOWN.pair_id, "eva", choice, at=examples.SHOWN_AT, decided_s=2.0), utc_now()
+    event = label_event(SHOWN, label, source="labeler", instructions="2026-01", now=now)
+    assert (event.occurred_at, event.labeled_at) == (now, examples.SHOWN_AT), "an import is no click of long ago"
     assert event.chosen == getattr(SHOWN, chosen)
     assert (event.outcome, event.chosen_position, event.user) == (outcome, position, SHOWN.user)
     assert (event.source, event.labeler, event.instructions, event.decided_s) == ("labeler", "eva", "2026-01", 2.0)

@@ -215,5 +215,5 @@ def test_a_damaged_store_says_which_table_and_what_to_do(damage: str, tmp_path: 
     victim = sorted((tmp_path / "preferences").glob(pattern))[-1]
     victim.unlink() if damage == "no file" else victim.write_bytes(victim.read_bytes()[:40])
     for look in (lambda: Store(tmp_path), lambda: list(verdicts(tmp_path, Sealer(None)))):
-        with pytest.raises(StoreDamaged, match=r"preferences: .*restore it.*log still holds"):
+        with pytest.raises(StoreDamaged, match=r"preferences: .*restore it.*log still holds is not lost"):
             look()

@@ -1,0 +1,80 @@
+"""People's texts on their way to what is written, and back, without holding up the event loop.
+
+What may wait (a key that must be made or unwrapped, a redactor that is a model) waits in a thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, Final, TypeVar
+
+from telemetry.people import Forgotten, KeysAway, KeyUnusable
+from telemetry.redaction import Redactor
+from telemetry.sealing import SHAPES, Sealer, Shape
+
+R = TypeVar("R")
+LONG_CHARS: Final = 20_000  # texts longer than this are redacted in a thread, too
+NOT_TO_BE_READ: Final = (Forgotten, KeyUnusable, KeysAway)
+
+
+class Private:
+    """One router's sealer and redactor."""
+
+    def __init__(self, sealer: Sealer, redactor: Redactor) -> None:
+        self.sealer, self._redactor = sealer, redactor
+
+    def key_at_hand(self, user: str) -> str:
+        """The id of the user's key as far as it is known without waiting; else empty."""
+        return self.sealer.key_id(user) or ""
+
+    async def key_of(self, user: str) -> str:
+        """The id of the user's key, which exists from here on. Raises KeyUnusable, KeysAway or OSError."""
+        key_id = self.sealer.key_id(user)
+        return await asyncio.to_thread(self.sealer.prepare, user) if key_id is None else key_id
+
+    async def redacted(self, record: R, shape: Shape) -> R:
+        """A record of this shape without what the configuration takes out."""
+        found: R = await self._run(_length(record), self._redactor.record, record, shape)
+        return found
+
+    async def text(self, text: str) -> str:
+        """A text of its own."""
+        found: str = await self._run(len(text), self._redactor.text, text)
+        return found
+
+    async def sealed(self, event: R, key_id: str = "") -> R:
+        """The event as it is written. Raises one of NOT_TO_BE_READ."""
+        if type(event) not in SHAPES:
+            return event
+        await self._unwrapped(event.user)  # type: ignore[attr-defined]
+        return self.sealer.seal(event, key_id=key_id)  # type: ignore[type-var]
+
+    async def opened(self, event: R) -> R:
+        """The event with its texts. Raises one of NOT_TO_BE_READ."""
+        if type(event) not in SHAPES:
+            return event
+        await self._unwrapped(event.user)  # type: ignore[attr-defined]
+        return self.sealer.open(event)  # type: ignore[type-var]
+
+    async def sealed_bytes(self, user: str, text: bytes, name: str, key_id: str) -> bytes:
+        """``text`` as it is written. Raises one of NOT_TO_BE_READ."""
+        await self._unwrapped(user)
+        return self.sealer.seal_bytes(user, text, name, key_id=key_id)
+
+    async def opened_bytes(self, sealed: bytes, name: str) -> bytes:
+        """The inverse of ``sealed_bytes``; whose key is needed stands in them."""
+        return await asyncio.to_thread(self.sealer.open_bytes, sealed, name)
+
+    async def _unwrapped(self, user: str) -> None:
+        keys = self.sealer.keys
+        if keys is not None and keys.at_hand(user) is None:
+            await asyncio.to_thread(keys.find, user)
+
+    async def _run(self, chars: int, redact: Any, *arguments: Any) -> Any:
+        if self._redactor.has_hook or chars > LONG_CHARS:
+            return await asyncio.to_thread(redact, *arguments)
+        return redact(*arguments)
+
+
+def _length(record: Any) -> int:
+    return sum(len(message.content) for message in record.prompt)
