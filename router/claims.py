@@ -17,6 +17,7 @@ import msgspec
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
+from router.gathered import Gathered, Script
 from router.ledger import Ledger
 from telemetry.crashpoints import reach
 from telemetry.event_log import MAX_PAYLOAD_BYTES
@@ -35,7 +36,7 @@ TOPIC: Final = TOPIC_OF[PreferenceRecorded]
 # KEYS verdict, lock, receipt, stream; ARGV claim, its life in s, the lock's in ms, how many words of the receipt,
 # then these, then the words of the stream's entry (none: another log, which the caller appends to)
 # → claim that holds, where it was durable before, whether the caller's, where it is durable now
-_CLAIM: Final = """
+_CLAIM: Final = Script("""
 redis.call('HSETNX', KEYS[1], 'claim', ARGV[1])
 local kept = redis.call('HGET', KEYS[1], 'claim')
 local before = redis.call('HGET', KEYS[1], 'durable')
@@ -50,7 +51,7 @@ redis.call('XADD', KEYS[4], '*', unpack(ARGV, entry))
 for i = 5, entry - 1, 2 do redis.call('HSETNX', KEYS[3], ARGV[i], ARGV[i + 1]) end
 redis.call('HSET', KEYS[1], 'durable', 'log')
 return {kept, '', 1, 'log'}
-"""
+""")
 
 
 class Claim(msgspec.Struct, frozen=True):
@@ -82,16 +83,16 @@ class Claims:
 
     def __init__(self, redis: Redis, ledger: Ledger, *, ttl_s: float, lease_s: float, embedded_log: bool) -> None:
         self._redis = redis
+        self._reads, self._writes = Gathered(redis), Gathered(redis)  # clicks at the same time share a sync
         self._ledger = ledger
         self._ttl_s = int(ttl_s)
         self._lease_ms = int(lease_s * 1000)
         self._embedded_log = embedded_log
-        self._script = redis.register_script(_CLAIM)
         self._marks: dict[str, asyncio.Task[None]] = {}  # under way, by preference id
 
     async def verdict(self, pair_id: str) -> Verdict | None:
         """The pair's claim, if there is one."""
-        claim, durable = await cast(Any, self._redis.hmget(VERDICT_KEY + pair_id, ["claim", "durable"]))
+        claim, durable = await self._reads.ask("HMGET", VERDICT_KEY + pair_id, "claim", "durable")
         if claim is None:
             return None
         return Verdict(msgspec.json.decode(claim, type=Claim), (durable or b"").decode())
@@ -109,7 +110,7 @@ class Claims:
             *accepted,
             *self._entry(event),
         ]
-        kept, before, won, now = cast(tuple[bytes, bytes, int, bytes], await self._script(keys=keys, args=words))
+        kept, before, won, now = cast(tuple[bytes, bytes, int, bytes], await self._writes.run(_CLAIM, keys, words))
         return Made(msgspec.json.decode(kept, type=Claim), before.decode(), bool(won), now.decode())
 
     def _entry(self, event: PreferenceRecorded) -> list[bytes]:

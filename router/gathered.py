@@ -8,15 +8,24 @@ pipeline fails, all that wait fail with it, so that a Redis that hangs costs eac
 from __future__ import annotations
 
 import asyncio
+import hashlib
+from collections.abc import Sequence
 from typing import Any, Final
 
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisAway
-from redis.exceptions import RedisError
+from redis.exceptions import NoScriptError, RedisError
 
 MOST: Final = 64  # commands in one pipeline
 Argument = str | bytes | int
 Waiting = tuple[tuple[Argument, ...], asyncio.Future[Any]]
+
+
+class Script:
+    """A Lua script, which Redis knows by its SHA-1 once it has seen it."""
+
+    def __init__(self, text: str) -> None:
+        self.text, self.digest = text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
 
 
 class Gathered:
@@ -34,6 +43,14 @@ class Gathered:
         if self._sender is None:
             self._sender = asyncio.create_task(self._send())
         return answer
+
+    async def run(self, script: Script, keys: Sequence[str], arguments: Sequence[Argument]) -> Any:
+        """What the script returns; sent whole to a Redis that does not know it (any more). Raises as ``ask``."""
+        words = (len(keys), *keys, *arguments)
+        try:
+            return await self.ask("EVALSHA", script.digest, *words)
+        except NoScriptError:
+            return await self.ask("EVAL", script.text, *words)
 
     async def _send(self) -> None:
         batch: list[Waiting] = []

@@ -91,7 +91,7 @@ class PairMemory:
     """
 
     def __init__(self, redis: Redis, writes: Gathered, ttl_s: float, *, recent: int = RECENT_PAIRS) -> None:
-        self._redis, self._writes = redis, writes
+        self._reads, self._writes = Gathered(redis), writes
         self._ttl_s = int(ttl_s) + _LATE_S
         self._most_recent = recent
         self._recent: OrderedDict[str, RememberedPair] = OrderedDict()
@@ -115,5 +115,5 @@ class PairMemory:
 
     async def recall(self, pair_id: str) -> RememberedPair | None:
         """The pair, or None when it was never complete or is long over."""
-        payload = await self._redis.get(PAIR_KEY + pair_id)
+        payload = await self._reads.ask("GET", PAIR_KEY + pair_id)
         return None if payload is None else msgspec.json.decode(payload, type=RememberedPair)

@@ -44,7 +44,8 @@ class Filter(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     source: str = ""
     labeler: str = ""
     outcome: str = ""
-    version: str = ""  # that is one of the two sides
+    variant: str = ""  # that is one of the two sides
+    version: str = ""  # the same
     since: datetime | None = None  # given then or later
     until: datetime | None = None  # given before
 
@@ -54,8 +55,9 @@ class Filter(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
         for name in ("policy", "cohort", "source", "labeler", "outcome"):
             if value := getattr(self, name):
                 found &= pc.field(name) == value
-        if self.version:
-            found &= (pc.field("chosen_version") == self.version) | (pc.field("rejected_version") == self.version)
+        for name in ("variant", "version"):
+            if value := getattr(self, name):
+                found &= (pc.field(f"chosen_{name}") == value) | (pc.field(f"rejected_{name}") == value)
         if self.since is not None:
             found &= pc.field("occurred_at") >= pa.scalar(self.since, _TIME)
         if self.until is not None:

@@ -14,7 +14,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError, ResponseError
 
-from router.gathered import MOST, Gathered
+from router.gathered import MOST, Gathered, Script
 from telemetry.config import TelemetryConfig, redis_client_async
 from tests.servers import RedisServer
 
@@ -26,6 +26,17 @@ async def test_each_command_has_its_own_answer_in_the_order_of_asking(telemetry_
         assert await asyncio.gather(*counted) == list(range(1, 3 * MOST + 1))
         assert await gathered.ask("SET", "k", b"\x00value", "EX", 60) and await gathered.ask("GET", "k") == b"\x00value"
         assert 0 < await gathered.ask("TTL", "k") <= 60
+
+
+async def test_a_script_is_sent_whole_where_redis_does_not_know_it_any_more(telemetry_config: TelemetryConfig) -> None:
+    script = Script("redis.call('INCRBY', KEYS[1], ARGV[1]); return {KEYS[1], redis.call('GET', KEYS[1])}")
+    async with redis_client_async(telemetry_config) as redis:
+        gathered = Gathered(redis)
+        for expected in (b"2", b"4"):
+            await redis.script_flush()
+            assert await gathered.run(script, ["n"], [2]) == [b"n", expected]
+        both = await asyncio.gather(gathered.run(script, ["n"], [1]), gathered.run(script, ["n"], [1]))
+        assert both == [[b"n", b"5"], [b"n", b"6"]]
 
 
 async def test_a_command_that_fails_fails_alone(telemetry_config: TelemetryConfig) -> None:

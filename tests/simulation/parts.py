@@ -193,8 +193,17 @@ class FakeRedis:
 
     # asyncio client --------------------------------------------------------------------------------------------
 
-    def register_script(self, _: str) -> Any:
-        return self._claim
+    async def command(self, words: tuple[Any, ...]) -> Any:
+        """One of those that gather."""
+        match words[0]:
+            case "EVALSHA":
+                count = words[2]
+                return await self._claim(keys=list(words[3 : 3 + count]), args=list(words[3 + count :]))
+            case "GET":
+                return await self.get(words[1])
+            case "HMGET":
+                return await self.hmget(words[1], list(words[2:]))
+        raise NotImplementedError(words[0])
 
     async def _claim(self, *, keys: list[str], args: list[Any]) -> tuple[bytes, bytes, int, bytes]:
         """``router.claims._CLAIM`` for a log that is not this Redis."""
@@ -230,8 +239,28 @@ class FakeRedis:
         self._trouble()
         self.values.pop(key, None)
 
-    def pipeline(self, *, transaction: bool) -> AsyncPipeline:
-        return AsyncPipeline(self)
+    def pipeline(self, *, transaction: bool) -> Any:
+        return AsyncPipeline(self) if transaction else Commands(self)
+
+
+class Commands:
+    """Commands that gathered: each fails alone."""
+
+    def __init__(self, server: FakeRedis) -> None:
+        self._server = server
+        self._asked: list[tuple[Any, ...]] = []
+
+    def execute_command(self, *words: Any) -> None:
+        self._asked.append(words)
+
+    async def execute(self, *, raise_on_error: bool) -> list[Any]:
+        found: list[Any] = []
+        for words in self._asked:
+            try:
+                found.append(await self._server.command(words))
+            except ConnectionError as error:
+                found.append(error)
+        return found
 
 
 class AsyncPipeline:

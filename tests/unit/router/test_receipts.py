@@ -28,11 +28,8 @@ class Redis:
         self.fails = fails
         self._queued: list[tuple[str, str, str]] = []
 
-    def register_script(self, _: str) -> None:
-        """Nothing is claimed here."""
-
-    def pipeline(self, **_: Any) -> Redis:
-        return self
+    def pipeline(self, *, transaction: bool) -> Any:
+        return self if transaction else Reads(self)
 
     async def __aenter__(self) -> Redis:
         return self
@@ -60,6 +57,20 @@ class Redis:
 
     async def hmget(self, key: str, fields: list[str]) -> list[bytes | None]:
         return [self.hashes.get(key, {}).get(field.encode()) for field in fields]
+
+
+class Reads:
+    """HMGETs that gathered."""
+
+    def __init__(self, redis: Redis) -> None:
+        self._redis = redis
+        self._asked: list[tuple[str, ...]] = []
+
+    def execute_command(self, _: str, *words: str) -> None:
+        self._asked.append(words)
+
+    async def execute(self, *, raise_on_error: bool) -> list[list[bytes | None]]:
+        return [await self._redis.hmget(key, list(fields)) for key, *fields in self._asked]
 
 
 def book_on(redis: Any) -> tuple[ReceiptBook, Claims]:

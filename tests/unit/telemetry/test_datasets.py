@@ -77,6 +77,7 @@ def test_the_same_verdicts_are_the_same_data_set(store: Store, datasets: Dataset
         (Filter(source="labeler", labeler="nobody"), set[int]()),
         (Filter(outcome="tie"), {13}),
         (Filter(version="v000007-aaaaaaaa"), {14}),
+        (Filter(variant="chat-calm"), {17}),
         (Filter(since=examples.SHOWN_AT + timedelta(days=1)), {15}),
         (Filter(until=examples.SHOWN_AT - timedelta(days=1)), {16}),
     ],
@@ -87,6 +88,7 @@ def test_a_filter_chooses(chosen: Filter, expected: set[int], store: Store, data
         store, given(10, policy="other", occurred_at=at), given(11, cohort="beta", occurred_at=at),
         given(12, source="labeler", labeler="eva", occurred_at=at), given(13, outcome="tie", occurred_at=at),
         given(14, rejected=examples.completion(1, version="v000007-aaaaaaaa"), occurred_at=at),
+        given(17, rejected=replace(examples.completion(1), variant="chat-calm"), occurred_at=at),
         given(15, occurred_at=at + timedelta(days=2)), given(16, occurred_at=at - timedelta(days=2)),
     )  # fmt: skip
     others = {given(n).event_id for n in range(4)}
