@@ -21,10 +21,11 @@ from telemetry.config import TelemetryConfig, open_log, open_sealer
 from telemetry.configuration import InvalidConfiguration, read_table
 from telemetry.event_log import PositionLost
 from telemetry.manifest import base_digest
-from telemetry.people import KeyUnusable
+from telemetry.people import KeysAway, KeyUnusable
 from telemetry.process import announce_ready, signing_key
 
 log = logging.getLogger("online_trainer")
+STOPPING = (InvalidConfiguration, TrainerError, FileNotFoundError, PositionLost, KeyUnusable, KeysAway)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -38,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
         signal.signal(number, lambda *_: stop.set())
     try:
         serve(read_table(path, "telemetry", TelemetryConfig), read_table(path, "trainer", TrainerConfig), stop)
-    except (InvalidConfiguration, TrainerError, FileNotFoundError, PositionLost, KeyUnusable) as error:
+    except STOPPING as error:
         log.error("%s", error, extra={"action": "trainer_stopped"})
         return 1
     return 0

@@ -38,7 +38,7 @@ class Verdict(msgspec.Struct, frozen=True):
     tries: int = 0  # steps that were taken on it as a new verdict; more than one only where weights were refused
     passes: int = 0  # steps that it took part in since
     labeler: str = ""  # who gave it, if that was not the user
-    is_private: bool = False  # the log has it sealed
+    key_id: str = ""  # that the log has it sealed with; empty: in the clear
     sealed: Sealed | None = None  # as it lies in a checkpoint: prompt and the sides' words, which then are empty
 
 
@@ -57,10 +57,10 @@ def sealed(state: IntakeState, sealer: Sealer) -> IntakeState:
     """``state`` as it may lie on disk; of those whose key is gone nothing but the bare verdict is left."""
 
     def each(verdict: Verdict) -> Verdict:
-        if not verdict.is_private:
+        if not verdict.key_id:
             return verdict
         try:
-            found: Verdict = sealer.seal_record(verdict, TEXTS, name=verdict.preference_id)
+            found: Verdict = sealer.seal_record(verdict, TEXTS, name=verdict.preference_id, key_id=verdict.key_id)
         except Forgotten:
             found = bare(verdict, TEXTS)
         return found
@@ -169,21 +169,21 @@ class Intake:
         position = entry.position
         self.offsets.setdefault(position.topic, {})[position.partition] = position.offset + 1
 
-    def record(self, event: PreferenceRecorded, *, is_private: bool = False) -> None:
+    def record(self, event: PreferenceRecorded, *, key_id: str = "") -> None:
         """A verdict: to be trained on, held out, or dropped with a reason. One seen before changes nothing.
 
-        ``is_private``: it was sealed.
+        ``key_id``: what it was sealed with.
         """
         if (self._policy and event.policy != self._policy) or event.event_id in self._seen:
             return
         self._see(event.event_id)
         reason = reason_to_drop(event, self._heldout_ratio)
         if reason is None:
-            self.pending.append(_verdict(event, is_private=is_private))
+            self.pending.append(_verdict(event, key_id=key_id))
             return
         self.dropped.append((event.event_id, reason))
         if reason == "held_out":
-            self.heldout = [*self.heldout, _verdict(event, is_private=is_private)][-self._heldout_window :]
+            self.heldout = [*self.heldout, _verdict(event, key_id=key_id)][-self._heldout_window :]
 
     def unreadable(self, event: PreferenceRecorded) -> None:
         """A verdict of a person who is forgotten: dropped. One seen before changes nothing."""
@@ -258,7 +258,7 @@ def _passed(verdict: Verdict) -> Verdict:
     return msgspec.structs.replace(verdict, passes=verdict.passes + 1)
 
 
-def _verdict(event: PreferenceRecorded, *, is_private: bool) -> Verdict:
+def _verdict(event: PreferenceRecorded, *, key_id: str) -> Verdict:
     return Verdict(
         preference_id=event.event_id,
         pair_id=event.pair_id,
@@ -269,5 +269,5 @@ def _verdict(event: PreferenceRecorded, *, is_private: bool) -> Verdict:
         rejected=event.rejected,
         trace=(event.trace_id, event.span_id),
         labeler=event.labeler,
-        is_private=is_private,
+        key_id=key_id,
     )

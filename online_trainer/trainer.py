@@ -149,7 +149,8 @@ class Trainer:
         match event:
             case PreferenceRecorded():
                 try:
-                    self._intake.record(self._sealer.open(event), is_private=event.sealed is not None)
+                    key_id = event.sealed.key_id if event.sealed else ""
+                    self._intake.record(self._sealer.open(event), key_id=key_id)
                 except Forgotten:
                     self._intake.unreadable(event)
             case PersonErased():

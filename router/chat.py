@@ -142,7 +142,7 @@ class Chat:
             caller=caller.name,
             prompt=prompt,
             propensity=arms.propensity,
-            key_id=self._ledger.private.key_at_hand(user),
+            key_id=self._ledger.private.key_now(user),
             trace_id=trace_id,
             span_id=span_id,
             offer=self._offer(user) if is_pair else None,

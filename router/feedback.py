@@ -42,7 +42,7 @@ async def record_feedback(body: FeedbackRequest, caller: Caller, *, key: bytes, 
         await ledger.durable(event, key_id=kept.key_id or await private.key_of(kept.user))
     except Forgotten as error:
         raise Gone("This answer was erased with its user's data.", code="erased") from error
-    except (KeyUnusable, KeysAway) as error:
+    except (KeyUnusable, KeysAway, OSError) as error:
         raise Unavailable("This answer cannot be read now.", code="keys_unavailable", retry_after_s=1.0) from error
     metrics.FEEDBACK.labels(kept.completion.variant, kept.completion.version, str(body.rating)).inc()
     return FeedbackReceipt(event.event_id, body.completion_id, body.rating, event.occurred_at)

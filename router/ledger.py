@@ -240,7 +240,7 @@ class Ledger:
     async def _write_memory(self, key: str) -> None:
         kept = self._memories[key]
         key_id = kept.key_id or await self.private.key_of(kept.user)
-        redacted = await self.private.redacted(kept, ANSWER)
+        redacted = await self.private.redacted(msgspec.structs.replace(kept, key_id=key_id), ANSWER)
         text, name = msgspec.json.encode(redacted), key.removeprefix(COMPLETION_KEY)
         sealed = await self.private.sealed_bytes(kept.user, text, name, key_id)
         await self._writes.ask("SET", key, sealed, "EX", self._completion_ttl_s)

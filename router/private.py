@@ -13,7 +13,7 @@ from telemetry.redaction import Redactor
 from telemetry.sealing import SHAPES, Sealer, Shape
 
 R = TypeVar("R")
-LONG_CHARS: Final = 20_000  # texts longer than this are redacted in a thread, too
+LONG_CHARS: Final = 4_000  # texts longer than this are redacted in a thread, too
 NOT_TO_BE_READ: Final = (Forgotten, KeyUnusable, KeysAway)
 
 
@@ -23,14 +23,18 @@ class Private:
     def __init__(self, sealer: Sealer, redactor: Redactor) -> None:
         self.sealer, self._redactor = sealer, redactor
 
-    def key_at_hand(self, user: str) -> str:
-        """The id of the user's key as far as it is known without waiting; else empty."""
-        return self.sealer.key_id(user) or ""
+    def key_now(self, user: str) -> str:
+        """The id of the user's key as it is now; empty where there is none, or where it cannot be told."""
+        try:
+            return self.sealer.key_id(user)
+        except (OSError, KeyUnusable):
+            return ""
 
     async def key_of(self, user: str) -> str:
         """The id of the user's key, which exists from here on. Raises KeyUnusable, KeysAway or OSError."""
-        key_id = self.sealer.key_id(user)
-        return await asyncio.to_thread(self.sealer.prepare, user) if key_id is None else key_id
+        if not self.sealer.is_sealing:
+            return ""
+        return self.key_now(user) or await asyncio.to_thread(self.sealer.prepare, user)
 
     async def redacted(self, record: R, shape: Shape) -> R:
         """A record of this shape without what the configuration takes out."""
@@ -44,21 +48,22 @@ class Private:
 
     async def sealed(self, event: R, key_id: str = "") -> R:
         """The event as it is written. Raises one of NOT_TO_BE_READ."""
-        if type(event) not in SHAPES:
+        if type(event) not in SHAPES or event.sealed is not None or not self.sealer.is_sealing:  # type: ignore[attr-defined]
             return event
         await self._unwrapped(event.user)  # type: ignore[attr-defined]
         return self.sealer.seal(event, key_id=key_id)  # type: ignore[type-var]
 
     async def opened(self, event: R) -> R:
         """The event with its texts. Raises one of NOT_TO_BE_READ."""
-        if type(event) not in SHAPES:
+        if type(event) not in SHAPES or event.sealed is None:  # type: ignore[attr-defined]
             return event
         await self._unwrapped(event.user)  # type: ignore[attr-defined]
         return self.sealer.open(event)  # type: ignore[type-var]
 
     async def sealed_bytes(self, user: str, text: bytes, name: str, key_id: str) -> bytes:
         """``text`` as it is written. Raises one of NOT_TO_BE_READ."""
-        await self._unwrapped(user)
+        if self.sealer.is_sealing:
+            await self._unwrapped(user)
         return self.sealer.seal_bytes(user, text, name, key_id=key_id)
 
     async def opened_bytes(self, sealed: bytes, name: str) -> bytes:
@@ -66,9 +71,8 @@ class Private:
         return await asyncio.to_thread(self.sealer.open_bytes, sealed, name)
 
     async def _unwrapped(self, user: str) -> None:
-        keys = self.sealer.keys
-        if keys is not None and keys.at_hand(user) is None:
-            await asyncio.to_thread(keys.find, user)
+        if self.sealer.keys is not None and self.sealer.must_wait(user):
+            await asyncio.to_thread(self.sealer.keys.find, user)
 
     async def _run(self, chars: int, redact: Any, *arguments: Any) -> Any:
         if self._redactor.has_hook or chars > LONG_CHARS:
@@ -77,4 +81,9 @@ class Private:
 
 
 def _length(record: Any) -> int:
-    return sum(len(message.content) for message in record.prompt)
+    """Characters of all that a redactor reads."""
+    texts = [message.content for message in record.prompt]
+    texts += [call.arguments for message in record.prompt for call in message.tool_calls]
+    sides = (getattr(record, name, None) for name in ("a", "b", "completion", "chosen", "rejected"))
+    texts += [side.text for side in sides if side is not None]
+    return sum(map(len, texts)) + len(getattr(record, "comment", ""))

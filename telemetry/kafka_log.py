@@ -12,9 +12,10 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, InvalidStateError
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, InvalidStateError, wait
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -35,6 +36,7 @@ from telemetry.events import AUDIT, DEAD_LETTERS, VERSIONS
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+Positions = dict[TopicPartition, int]  # the next offset to read
 
 RECONNECT_S: Final = 0.2
 CHECK_S: Final = 0.5  # a reader asks this often whether brokers, position and partitions are still as they were
@@ -48,18 +50,34 @@ KEPT_FOR_EVER: Final = frozenset({VERSIONS, AUDIT})  # small, and what a new tra
 ONE_PARTITION: Final = frozenset({VERSIONS, DEAD_LETTERS, AUDIT})
 
 
-def within(limit_s: float, call: Callable[[], T]) -> T:
-    """What ``call`` returns or raises; TimeoutError when it does neither in time; its thread is left behind."""
+class GivenUp(RuntimeError):
+    """A call of the client did not return in time."""
+
+
+def within(limit_s: float, call: Callable[[], T], *, late: Callable[[T], object] = lambda _: None) -> T:
+    """What ``call`` returns or raises; GivenUp when it does neither in time.
+
+    Its thread is left behind then, and ``late`` gets what it returns after all.
+    """
     done: Future[T] = Future()
 
     def run() -> None:
         try:
-            done.set_result(call())
+            result = call()
         except Exception as error:  # noqa: BLE001  handed to whoever waits
-            done.set_exception(error)
+            if done.set_running_or_notify_cancel():
+                done.set_exception(error)
+            return
+        if done.set_running_or_notify_cancel():
+            done.set_result(result)
+        else:
+            late(result)
 
     threading.Thread(target=run, name="kafka-call", daemon=True).start()
-    return done.result(limit_s)
+    finished, _ = wait([done], limit_s)
+    if not finished and done.cancel():
+        raise GivenUp(GivenUp.__doc__)
+    return done.result()
 
 
 class Cluster(msgspec.Struct, frozen=True, kw_only=True):
@@ -150,17 +168,20 @@ class KafkaLog:
         self._cluster = cluster
         self._timeout_s = append_timeout_s
         self._queue = AppendQueue(self._write, append_timeout_s, "kafka-log-writer")
+        self._waiting: dict[int, tuple[float, Future[Position]]] = {}  # appended when, by identity
+        self._has_failed = threading.Event()
+        self._is_over = threading.Event()
+        threading.Thread(target=self._watch, name="kafka-log-watch", daemon=True).start()
         # The writer thread's own:
         self._producer: KafkaProducer | None = None
         self._topics: set[str] = set()  # known to exist
-        self._has_failed = threading.Event()
-        self._under_way: dict[int, tuple[float, Append]] = {}  # handed over when, by identity
-        self._is_over = threading.Event()
-        threading.Thread(target=self._watch, name="kafka-log-watch", daemon=True).start()
         self._trouble: Exception | None = None  # why the last try to hand over an entry failed
 
     def append(self, topic: str, key: str, payload: bytes) -> Future[Position]:
-        return self._queue.put(topic, key, payload)
+        future = self._queue.put(topic, key, payload)
+        self._waiting[id(future)] = (time.monotonic(), future)
+        future.add_done_callback(lambda done: self._waiting.pop(id(done), None))
+        return future
 
     def reader(self, topics: Sequence[str], start: Offsets) -> KafkaReader:
         return KafkaReader(self._cluster, topics, start)
@@ -170,12 +191,13 @@ class KafkaLog:
         self._is_over.set()
 
     def _watch(self) -> None:
-        """Thread: an entry that the producer neither delivers nor fails long after it should is given up."""
+        """Thread: an entry that is neither delivered nor failed long after it should be is given up."""
         most_s = max(5.0, 3 * self._timeout_s)
         while not self._is_over.wait(WATCH_S):
-            for handed_s, item in list(self._under_way.values()):
-                if time.monotonic() - handed_s > most_s:
-                    self._on_failed(item, TimeoutError("the producer said nothing"))
+            for since_s, future in list(self._waiting.values()):
+                if time.monotonic() - since_s > most_s:
+                    self._has_failed.set()
+                    _fail(future, GivenUp("the client says nothing"))
 
     def _write(self) -> None:
         while (item := self._queue.get()) is not None:
@@ -184,18 +206,16 @@ class KafkaLog:
 
     def _send(self, item: Append) -> None:
         """Hand the entry to the producer, connecting as long as the entry has time."""
-        while True:
+        while not item.future.done():  # it may have been given up
             if self._trouble is not None and time.monotonic() > item.deadline:
-                item.future.set_exception(_unavailable(self._trouble))
+                _fail(item.future, self._trouble)
                 return
             try:
                 producer = self._connected(item.topic)
                 reach("producer.handing_over")
-                self._under_way[id(item)] = (time.monotonic(), item)
                 sent = producer.send(self._cluster.name(item.topic), item.payload, item.key.encode())
-            except (KafkaError, OSError, ValueError) as error:  # ValueError: partitions not known yet
+            except (KafkaError, OSError, ValueError, GivenUp) as error:  # ValueError: partitions not known yet
                 self._trouble = error
-                self._under_way.pop(id(item), None)
                 self._drop_producer()
                 time.sleep(RECONNECT_S)
                 continue
@@ -206,15 +226,12 @@ class KafkaLog:
 
     def _on_acknowledged(self, item: Append, metadata: Any) -> None:
         reach("producer.acknowledged")
-        self._under_way.pop(id(item), None)
         with suppress(InvalidStateError):  # it was given up
             item.future.set_result(Position(item.topic, metadata.partition, metadata.offset))
 
     def _on_failed(self, item: Append, error: BaseException) -> None:
-        self._under_way.pop(id(item), None)
         self._has_failed.set()
-        with suppress(InvalidStateError):
-            item.future.set_exception(_unavailable(error))
+        _fail(item.future, error)
 
     def _connected(self, topic: str) -> KafkaProducer:
         """A producer that has not failed yet, with ``topic`` known to exist."""
@@ -225,32 +242,40 @@ class KafkaLog:
             self._topics.add(topic)
         if self._producer is None:
             self._cluster.require(self._timeout_s)
-            timeout_ms = max(500, int(self._timeout_s * 1000))
-            self._producer = KafkaProducer(
-                **self._cluster.client,
-                acks="all",
-                enable_idempotence=True,
-                linger_ms=0,
-                max_request_size=MAX_REQUEST_BYTES,
-                max_block_ms=timeout_ms,
-                delivery_timeout_ms=timeout_ms,
-                request_timeout_ms=int(timeout_ms * 0.8),
-                bootstrap_timeout_ms=timeout_ms,
-                retry_backoff_ms=50,
-            )
+            self._producer = within(PATIENCE_S, self._new_producer, late=lambda made: made.close(timeout=0))
         return self._producer
 
     def _make_topic(self, topic: str) -> None:
         with self._cluster.admin(self._timeout_s) as admin:
             self._cluster.make_topics(admin, [topic])
 
+    def _new_producer(self) -> KafkaProducer:
+        timeout_ms = max(500, int(self._timeout_s * 1000))
+        return KafkaProducer(
+            **self._cluster.client,
+            acks="all",
+            enable_idempotence=True,
+            linger_ms=0,
+            max_request_size=MAX_REQUEST_BYTES,
+            max_block_ms=timeout_ms,
+            delivery_timeout_ms=timeout_ms,
+            request_timeout_ms=int(timeout_ms * 0.8),
+            bootstrap_timeout_ms=timeout_ms,
+            retry_backoff_ms=50,
+        )
+
     def _drop_producer(self, flush_s: float = 0.0) -> None:
         producer, self._producer = self._producer, None
         self._topics.clear()  # they may have to be made again
         if producer is not None:
-            with suppress(TimeoutError):
+            with suppress(GivenUp):
                 within(PATIENCE_S, lambda: producer.close(timeout=flush_s))
         self._has_failed.clear()
+
+
+def _fail(future: Future[Position], error: BaseException) -> None:
+    with suppress(InvalidStateError):  # delivered, or given up, a moment ago
+        future.set_exception(_unavailable(error))
 
 
 def _unavailable(error: BaseException) -> LogUnavailable:
@@ -260,12 +285,16 @@ def _unavailable(error: BaseException) -> LogUnavailable:
 
 
 class KafkaReader:
-    """``Reader`` over every partition of its topics; after LogUnavailable the next poll connects again."""
+    """``Reader`` over every partition of its topics; after LogUnavailable the next poll connects again.
+
+    What it knows is changed by the thread that polls alone: a call that was given up may still return, and changes
+    nothing then.
+    """
 
     def __init__(self, cluster: Cluster, topics: Sequence[str], start: Offsets) -> None:
         self._cluster = cluster
         self._names = {cluster.name(topic): topic for topic in topics}
-        self._next: dict[TopicPartition, int] = {
+        self._next: Positions = {
             TopicPartition(cluster.name(topic), partition): offset
             for topic, partitions in start.items()
             if topic in topics
@@ -275,61 +304,51 @@ class KafkaReader:
         self._checked_at = 0.0
 
     def poll(self, *, max_entries: int, timeout_s: float) -> list[Entry]:
+        with self._told():
+            consumer = self._connected()
+            timeout_ms = int(timeout_s * 1000)
+            poll = partial(consumer.poll, timeout_ms=timeout_ms, max_records=max_entries)
+            batches: dict[Any, Any] = within(PATIENCE_S + timeout_s, poll)
+            entries = [self._entry(record) for records in batches.values() for record in records]
+            if time.monotonic() - self._checked_at > CHECK_S:
+                self._check(consumer)
+        return entries
+
+    def lag(self) -> int:
+        with self._told():
+            ends = self._ends(self._connected())
+        return sum(end - self._next[partition] for partition, end in ends.items())
+
+    def close(self) -> None:
+        consumer, self._consumer = self._consumer, None
+        if consumer is not None:
+            with suppress(GivenUp):
+                within(PATIENCE_S, partial(consumer.close, autocommit=False))
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Errors of the client in this log's words; its consumer is closed, or left behind where it does not answer."""
         try:
-            batches = within(PATIENCE_S + timeout_s, lambda: self._poll(max_entries, timeout_s))
+            yield
         except (OffsetOutOfRangeError, LogTruncationError) as error:
             raise _lost(str(error)) from error
-        except TimeoutError as error:
-            self._consumer = None  # whoever waits in it waits on
+        except GivenUp as error:
+            self._consumer = None
             raise LogUnavailable("Kafka cannot be read: the client does not answer") from error
         except (KafkaError, OSError) as error:
             self.close()
             raise LogUnavailable(f"Kafka cannot be read: {type(error).__name__} {error}") from error
-        return [self._entry(record) for records in batches.values() for record in records]
-
-    def _poll(self, max_entries: int, timeout_s: float) -> dict[Any, Any]:
-        consumer = self._consumer or self._connect()
-        batches: dict[Any, Any] = consumer.poll(timeout_ms=int(timeout_s * 1000), max_records=max_entries)
-        if time.monotonic() - self._checked_at > CHECK_S:
-            self._check(consumer)
-        return batches
 
     def _entry(self, record: Any) -> Entry:
         self._next[TopicPartition(record.topic, record.partition)] = record.offset + 1
         position = Position(self._names[record.topic], record.partition, record.offset)
         return Entry(position, (record.key or b"").decode(), record.value or b"")
 
-    def _connect(self) -> KafkaConsumer:
-        """Make the topics if need be, check every position against the log, and seek."""
-        with self._cluster.admin(READ_TIMEOUT_S) as admin:
-            self._cluster.make_topics(admin, list(self._names.values()))
-            described = admin.describe_topics(list(self._names))
-        partitions = [
-            TopicPartition(topic["name"], partition["partition_index"])
-            for topic in described
-            for partition in topic["partitions"]
-        ]
-        timeout_ms = int(READ_TIMEOUT_S * 1000)
-        consumer = KafkaConsumer(
-            **self._cluster.client,
-            group_id=None,
-            enable_auto_commit=False,
-            auto_offset_reset="none",
-            request_timeout_ms=timeout_ms,
-            bootstrap_timeout_ms=timeout_ms,
-            fetch_max_wait_ms=250,
-            metadata_max_age_ms=int(READ_TIMEOUT_S * 1000),  # how soon new partitions are seen
-        )
-        self._consumer = consumer
-        consumer.assign(partitions)
-        beginnings = consumer.beginning_offsets(partitions, timeout_ms=timeout_ms)
-        for partition in partitions:
-            offset = self._next.setdefault(partition, beginnings[partition])
-            if offset < beginnings[partition]:
-                raise _lost(f"{partition} starts at {beginnings[partition]} now, {offset} was next")
-            consumer.seek(partition, offset)
-        self._ends(consumer)
-        return consumer
+    def _connected(self) -> KafkaConsumer:
+        if self._consumer is None:
+            connect = partial(_connect, self._cluster, list(self._names.values()), dict(self._next))
+            self._consumer, self._next = within(PATIENCE_S, connect, late=_close_late)
+        return self._consumer
 
     def _check(self, consumer: KafkaConsumer) -> None:
         """Are the brokers there, our positions inside the log, and all of its partitions ours?"""
@@ -338,30 +357,56 @@ class KafkaReader:
         if sum(len(consumer.partitions_for_topic(name)) for name in self._names) > len(self._next):
             self.close()  # the topic has grown: the next poll assigns anew, from where we are
 
-    def _ends(self, consumer: KafkaConsumer) -> dict[TopicPartition, int]:
+    def _ends(self, consumer: KafkaConsumer) -> Positions:
         """The offset after the last entry of each partition; raises PositionLost where it is behind ours."""
-        ends: dict[TopicPartition, int] = consumer.end_offsets(list(self._next), timeout_ms=int(READ_TIMEOUT_S * 1000))
+        timeout_ms = int(READ_TIMEOUT_S * 1000)
+        ends: Positions = within(PATIENCE_S, partial(consumer.end_offsets, list(self._next), timeout_ms=timeout_ms))
         for partition, end in ends.items():
             if end < self._next[partition]:
                 raise _lost(f"{partition} ends at {end}, {self._next[partition]} was next")
         return ends
 
-    def lag(self) -> int:
-        try:
-            ends = within(PATIENCE_S, lambda: self._ends(self._consumer or self._connect()))
-        except TimeoutError as error:
-            self._consumer = None
-            raise LogUnavailable("Kafka cannot be read: the client does not answer") from error
-        except (KafkaError, OSError) as error:
-            self.close()
-            raise LogUnavailable(f"Kafka cannot be read: {type(error).__name__} {error}") from error
-        return sum(end - self._next[partition] for partition, end in ends.items())
 
-    def close(self) -> None:
-        consumer, self._consumer = self._consumer, None
-        if consumer is not None:
-            with suppress(TimeoutError):
-                within(PATIENCE_S, lambda: consumer.close(autocommit=False))
+def _connect(cluster: Cluster, topics: Sequence[str], known: Positions) -> tuple[KafkaConsumer, Positions]:
+    """Make the topics if need be, check every position against the log, and seek; a consumer, and where it stands."""
+    with cluster.admin(READ_TIMEOUT_S) as admin:
+        cluster.make_topics(admin, topics)
+        described = admin.describe_topics([cluster.name(topic) for topic in topics])
+    partitions = [
+        TopicPartition(topic["name"], partition["partition_index"])
+        for topic in described
+        for partition in topic["partitions"]
+    ]
+    timeout_ms = int(READ_TIMEOUT_S * 1000)
+    consumer = KafkaConsumer(
+        **cluster.client,
+        group_id=None,
+        enable_auto_commit=False,
+        auto_offset_reset="none",
+        request_timeout_ms=timeout_ms,
+        bootstrap_timeout_ms=timeout_ms,
+        fetch_max_wait_ms=250,
+        metadata_max_age_ms=int(READ_TIMEOUT_S * 1000),  # how soon new partitions are seen
+    )
+    try:
+        consumer.assign(partitions)
+        beginnings = consumer.beginning_offsets(partitions, timeout_ms=timeout_ms)
+        ends = consumer.end_offsets(partitions, timeout_ms=timeout_ms)
+        for partition in partitions:
+            offset = known.setdefault(partition, beginnings[partition])
+            if offset < beginnings[partition]:
+                raise _lost(f"{partition} starts at {beginnings[partition]} now, {offset} was next")
+            if offset > ends[partition]:
+                raise _lost(f"{partition} ends at {ends[partition]}, {offset} was next")
+            consumer.seek(partition, offset)
+    except BaseException:
+        consumer.close(autocommit=False)
+        raise
+    return consumer, known
+
+
+def _close_late(connected: tuple[KafkaConsumer, Positions]) -> None:
+    connected[0].close(autocommit=False)
 
 
 def _lost(what: str) -> PositionLost:

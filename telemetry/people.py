@@ -8,12 +8,14 @@ file, and overwriting it.
 
 from __future__ import annotations
 
+import fcntl
 import importlib
 import os
 import re
 import secrets
 from collections import OrderedDict
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -111,8 +113,9 @@ class _KeyFile(msgspec.Struct, array_like=True):
 class PersonKeys:
     """Every person's key, by pseudonym ("" is nobody in particular). Safe to share between threads and processes.
 
-    Whose key was erased has a tombstone with that key's id: what is merely missing is told apart, and so is a key that
-    a backup brings back.
+    Whose key was erased has a tombstone: a line ``-id`` for each key that is gone, ``*`` where it was missing or
+    damaged when it was to be erased, and ``+id`` for keys made since. So a key that is merely missing is told apart
+    from an erased one, and a backup brings none back.
     """
 
     def __init__(self, state: Path, provider: KeyProvider) -> None:
@@ -127,19 +130,20 @@ class PersonKeys:
         kept = self._kept.get(person)
         return kept[1] if kept is not None and kept[0] == self._mark(person) else None
 
+    def id_of(self, person: str) -> str:
+        """The id of the person's key, "" where there is none; asks no provider. Raises KeyUnusable."""
+        if (key := self.at_hand(person)) is not None:
+            return key.id
+        file = self._file(person)
+        return "" if file is None or self.is_erased(person, file.id) else file.id
+
     def find(self, person: str) -> PersonKey | None:
         """The key, or None where there is none. Raises KeyUnusable, or KeysAway; may wait for the key provider."""
         if (key := self.at_hand(person)) is not None:
             return key
-        path, mark = self._path(person), self._mark(person)
-        try:
-            file = msgspec.msgpack.decode(path.read_bytes(), type=_KeyFile)
-        except FileNotFoundError:
+        mark, file = self._mark(person), self._file(person)
+        if file is None or mark is None or self.is_erased(person, file.id):
             self._kept.pop(person, None)
-            return None
-        except msgspec.MsgspecError as error:
-            raise KeyUnusable(KeyUnusable.__doc__) from error
-        if mark is None or self.is_erased(person, file.id):  # a backup brought it back
             return None
         try:
             key = PersonKey(file.id, self._provider.unwrap(file.wrapped))
@@ -150,12 +154,12 @@ class PersonKeys:
             self._kept.popitem(last=False)
         return key
 
-    def opener(self, person: str, key_id: str) -> PersonKey:
-        """The key that sealed something. Raises Forgotten where it was erased, KeyUnusable where it is lost."""
+    def known(self, person: str, key_id: str = "") -> PersonKey:
+        """The key called ``key_id``, or whichever there is. Raises Forgotten where it was erased, else KeyUnusable."""
         key = self.find(person)
-        if key is not None and key.id == key_id:
+        if key is not None and key_id in ("", key.id):
             return key
-        if not key_id or self.is_erased(person, key_id):
+        if self.is_erased(person, key_id) if key_id else self._tombstone(person).exists():
             raise Forgotten()
         raise KeyUnusable(KeyUnusable.__doc__)
 
@@ -168,64 +172,79 @@ class PersonKeys:
     def is_erased(self, person: str, key_id: str) -> bool:
         """Whether that key of the person was erased."""
         try:
-            return key_id in self._tombstone(person).read_text().split()
+            words = self._tombstone(person).read_text().split()
         except FileNotFoundError:
             return False
+        return f"-{key_id}" in words or ("*" in words and f"+{key_id}" not in words)
 
     def erase(self, person: str) -> bool:
         """Delete the key, durably; whether there was one. What a crash interrupts is done when it is asked again."""
         if not person:
             raise ValueError("nobody in particular cannot be forgotten")
-        path = self._path(person)
-        try:
-            content = path.read_bytes()
-        except FileNotFoundError:
-            return False
-        with self._tombstone(person).open("a") as tombstone:
+        with self._alone():
+            for left in self._people.glob(f".{person}.*"):  # of an erasure that was interrupted
+                _wipe(left)
             try:
-                tombstone.write(f"{msgspec.msgpack.decode(content, type=_KeyFile).id}\n")
-            except msgspec.MsgspecError:  # a damaged key opens nothing anyway
-                tombstone.write("\n")
-            tombstone.flush()
-            os.fsync(tombstone.fileno())
-        sync(self._erased)
-        leaving = path.with_name(f".{secrets.token_hex(8)}")
-        path.rename(leaving)
-        sync(self._people)
-        with leaving.open("r+b") as file:
-            file.write(bytes(len(content)))
-            file.flush()
-            os.fsync(file.fileno())
-        leaving.unlink()
+                file = self._file(person)
+            except KeyUnusable:
+                file = None
+            self._write_tombstone(person, "*" if file is None else f"-{file.id}")
+            path = self._path(person)
+            had_one = path.exists()
+            if had_one:
+                leaving = path.with_name(f".{person}.{secrets.token_hex(8)}")
+                path.rename(leaving)
+                sync(self._people)
+                _wipe(leaving)
         self._kept.pop(person, None)
-        return True
+        return had_one
 
     def _make(self, person: str) -> None:
         try:
             wrapped = self._provider.wrap(secrets.token_bytes(32))
         except OSError as error:
             raise KeysAway(f"{KeysAway.__doc__} {error}") from error
-        staging = self._people / f".{secrets.token_hex(8)}"
-        descriptor = os.open(staging, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(msgspec.msgpack.encode(_KeyFile(secrets.token_hex(8), wrapped)))
-                file.flush()
-                os.fsync(file.fileno())
-            path = self._path(person)
-            if path.exists():
-                self._drop_revived(person, path)
-            with suppress(FileExistsError):  # another process was quicker: its key is the person's
-                os.link(staging, path)
-        finally:
-            staging.unlink()
-        sync(self._people)
+        with self._alone():
+            file = self._file(person)
+            if file is not None and not self.is_erased(person, file.id):
+                return  # another process was quicker: its key is the person's
+            made = _KeyFile(secrets.token_hex(8), wrapped)
+            if self._tombstone(person).exists():
+                self._write_tombstone(person, f"+{made.id}")
+            staging = self._people / f".{secrets.token_hex(8)}"
+            descriptor = os.open(staging, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(descriptor, "wb") as written:
+                written.write(msgspec.msgpack.encode(made))
+                written.flush()
+                os.fsync(written.fileno())
+            staging.rename(self._path(person))
+            sync(self._people)
 
-    def _drop_revived(self, person: str, path: Path) -> None:
-        """A key that was erased, and that a backup brought back, gives way."""
-        with suppress(FileNotFoundError, msgspec.MsgspecError):
-            if self.is_erased(person, msgspec.msgpack.decode(path.read_bytes(), type=_KeyFile).id):
-                path.unlink()
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Nobody else makes or erases a key meanwhile."""
+        with (self._erased / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def _write_tombstone(self, person: str, word: str) -> None:
+        with self._tombstone(person).open("a") as tombstone:
+            tombstone.write(f"{word}\n")
+            tombstone.flush()
+            os.fsync(tombstone.fileno())
+        sync(self._erased)
+
+    def _file(self, person: str) -> _KeyFile | None:
+        try:
+            content = self._path(person).read_bytes()
+        except FileNotFoundError:
+            return None
+        if not any(content):  # erased while it was read
+            return None
+        try:
+            return msgspec.msgpack.decode(content, type=_KeyFile)
+        except msgspec.MsgspecError as error:
+            raise KeyUnusable(KeyUnusable.__doc__) from error
 
     def _mark(self, person: str) -> tuple[int, int] | None:
         """What tells one key file from another that took its place."""
@@ -242,3 +261,11 @@ class PersonKeys:
 
     def _tombstone(self, person: str) -> Path:
         return self._erased / self._path(person).name
+
+
+def _wipe(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.write(bytes(path.stat().st_size))
+        file.flush()
+        os.fsync(file.fileno())
+    path.unlink()

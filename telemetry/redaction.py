@@ -23,11 +23,12 @@ Hook = Callable[[str], str]
 # No pattern tries a text's every beginning to every end: each is anchored on its left and bounded.
 _EMAIL: Final = re.compile(r"(?<![\w.+-])[\w.+-]{1,64}@[\w-]{1,63}(?:\.[\w-]{1,63}){1,8}")
 _IBAN: Final = re.compile(r"\b[A-Za-z]{2}\d{2}(?:[ \u00a0]?[A-Za-z0-9]{4}){2,7}(?:[ \u00a0]?[A-Za-z0-9]{1,3})?\b")
-_DIGITS: Final = re.compile(r"(?<!\d)(?<!\d\.)\d(?:[ \u00a0-]?\d){12,40}(?!\d)")
+_DIGITS: Final = re.compile(r"(?<!\d)(?<!\d\.)\d(?:[ \u00a0-]?\d){12,80}(?!\d)")
 _PHONE: Final = re.compile(r"(?<![\w+])\+\d(?:[ \u00a0().-]{0,2}\d){7,14}(?!\d)")
 _MAY_HAVE_NUMBER: Final = re.compile(r"\d[\d \u00a0().-]{6}|[A-Za-z]{2}\d{2}[ \u00a0]?[A-Za-z0-9]{4}")
 _SPACES: Final = " \u00a0-"
 CARD_DIGITS: Final = range(19, 12, -1)
+CARD_GAPS: Final = 5  # between its groups
 
 
 def is_card(text: str) -> bool:
@@ -48,7 +49,13 @@ def _emails(text: str) -> str:
 
 
 def _ibans(text: str) -> str:
-    return _IBAN.sub(lambda found: "[iban]" if is_iban(found[0]) else found[0], text)
+    return _IBAN.sub(lambda found: _without_iban(found[0]), text)
+
+
+def _without_iban(run: str) -> str:
+    """The run of groups without the account number that it begins with; words may follow that."""
+    ends = [i for i in range(len(run), 0, -1) if i == len(run) or run[i] in _SPACES]
+    return next((f"[iban]{run[end:]}" for end in ends if is_iban(run[:end])), run)
 
 
 def _phones(text: str) -> str:
@@ -60,14 +67,15 @@ def _cards(text: str) -> str:
 
 
 def _without_card(run: str) -> str:
-    """The run of digits without the first card number in it; that begins and ends where a group of digits does."""
+    """The run of digits without the card numbers in it; these begin and end where a group of digits does."""
     starts = [i for i, sign in enumerate(run) if sign.isdigit() and (i == 0 or run[i - 1] in _SPACES)]
     ends = [i + 1 for i, sign in enumerate(run) if sign.isdigit() and (i + 1 == len(run) or run[i + 1] in _SPACES)]
     for start in starts:
-        for end in reversed(ends):
+        for end in reversed([end for end in ends if 12 < end - start <= CARD_DIGITS[0] + CARD_GAPS]):
             number = run[start:end]
-            if sum(map(str.isdigit, number)) in CARD_DIGITS and is_card(number):
-                return f"{run[:start]}[card]{run[end:]}"
+            digits = sum(map(str.isdigit, number))
+            if digits in CARD_DIGITS and len(number) - digits <= CARD_GAPS and is_card(number):
+                return f"{run[:start]}[card]{_without_card(run[end:])}"
     return run
 
 
@@ -76,7 +84,10 @@ KINDS: Final[tuple[Kind, ...]] = tuple(_FINDERS)
 
 
 def load_hook(name: str) -> Hook | None:
-    """``module:factory``, called once; it returns the function from a text to the redacted one. None for no name."""
+    """``module:factory``, called once; it returns the function from a text to the redacted one. None for no name.
+
+    The function is called by several threads at once.
+    """
     if not name:
         return None
     module, _, factory = name.partition(":")

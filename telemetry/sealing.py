@@ -64,17 +64,19 @@ class Sealer:
         """The id of the person's key, made where there is none; may wait for the disk and the key provider."""
         return self.keys.obtain(person).id if self.keys is not None and self.is_sealing else ""
 
-    def key_id(self, person: str) -> str | None:
-        """What ``prepare`` returns, if it need not wait for that; None where it must be asked."""
-        if self.keys is None or not self.is_sealing:
-            return ""
-        key = self.keys.at_hand(person)
-        return None if key is None else key.id
+    def key_id(self, person: str) -> str:
+        """The id of the person's key as it is now, "" for none; asks no provider. Raises KeyUnusable, or OSError."""
+        return self.keys.id_of(person) if self.keys is not None and self.is_sealing else ""
+
+    def must_wait(self, person: str) -> bool:
+        """Whether the person's key has to be unwrapped before anything can be sealed or opened."""
+        return self.keys is not None and self.keys.at_hand(person) is None
 
     def seal(self, event: R, *, key_id: str = "") -> R:
         """The event without its texts, and these sealed within it.
 
-        Raises Forgotten where the person has no key, or not the one called ``key_id`` any more.
+        Raises Forgotten where the person's key (``key_id``, if it is named) was erased, KeyUnusable where it is lost,
+        or KeysAway.
         """
         shape = SHAPES.get(type(event))
         if shape is None:
@@ -106,7 +108,10 @@ class Sealer:
         sealed = record.sealed
         if sealed is None:
             return record
-        content = _contents.decode(self._opener(record.user, sealed).decrypt(sealed.data, _context(record, name)))
+        if sealed == NOTHING:
+            raise Forgotten()
+        key = self._key(record.user, sealed.key_id)
+        content = _contents.decode(key.decrypt(sealed.data, _context(record, name)))
         sides = {
             field: _with_words(getattr(record, field), words)
             for field, words in zip(shape.sides, content.sides, strict=True)
@@ -129,18 +134,13 @@ class Sealer:
         if not sealed.startswith(MARK):
             return sealed
         envelope = msgspec.msgpack.decode(sealed[len(MARK) :], type=_Envelope)
-        return self._opener(envelope.person, envelope.sealed).decrypt(envelope.sealed.data, name.encode())
+        key = self._key(envelope.person, envelope.sealed.key_id)
+        return key.decrypt(envelope.sealed.data, name.encode())
 
     def _key(self, person: str, key_id: str) -> PersonKey:
-        key = self.keys.find(person) if self.keys is not None else None
-        if key is None or (key_id and key.id != key_id):
-            raise Forgotten()
-        return key
-
-    def _opener(self, person: str, sealed: Sealed) -> PersonKey:
         if self.keys is None:
             raise KeyUnusable("this deployment has no keys: restore its folder keys/")
-        return self.keys.opener(person, sealed.key_id)
+        return self.keys.known(person, key_id)
 
 
 def bare(record: Any, shape: Shape, sealed: Sealed = NOTHING) -> Any:

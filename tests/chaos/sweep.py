@@ -25,6 +25,8 @@ from deploy.kafka.broker import Broker
 from telemetry.config import TelemetryConfig, open_log
 from telemetry.configuration import read_table
 from telemetry.crashpoints import POINTS
+from telemetry.errors import StoreDamaged
+from telemetry.event_log import LogUnavailable
 from telemetry.events import TOPICS
 from telemetry.outbox import OutboxLog
 from telemetry.store import Store
@@ -171,11 +173,15 @@ def _is_read(deployment: Deployment) -> bool:
     """Whether the store holds the log to its end."""
     telemetry = read_table(deployment.config, "telemetry", TelemetryConfig)
     log = open_log(telemetry)
-    reader = log.reader(TOPICS, Store(telemetry.store_root).offsets())
     try:
-        return reader.lag() == 0
+        reader = log.reader(TOPICS, Store(telemetry.store_root).offsets())
+        try:
+            return reader.lag() == 0
+        finally:
+            reader.close()
+    except (LogUnavailable, StoreDamaged, OSError):  # it was asked at a bad moment
+        return False
     finally:
-        reader.close()
         log.close()
 
 

@@ -129,7 +129,8 @@ async def test_what_is_under_way_when_a_person_is_erased_is_not_written_under_th
     private = Private(open_sealer(stack.telemetry), Redactor(()))
     person = pseudonym(signing_key(stack.telemetry.state_path), "ann")
     await stack.pair(user="ann")
-    before = private.key_at_hand(person) or await private.key_of(person)
+    before = private.key_now(person)
+    assert before
     async with stack.http.delete("/v1/users/ann") as response:
         assert response.status == 200
     await stack.pair(user="ann", messages=[{"role": "user", "content": "I am back"}])

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import msgspec
+import pytest
 from kafka import KafkaAdminClient  # type: ignore[import-untyped]
 from kafka.admin import ConfigResource, ConfigResourceType  # type: ignore[import-untyped]
 
 from deploy.kafka.broker import Broker
+from telemetry import kafka_log
 from telemetry.config import TelemetryConfig, open_log
-from telemetry.event_log import Entry
+from telemetry.event_log import Entry, LogUnavailable
 from telemetry.events import PREFERENCES, VERSIONS
-from telemetry.kafka_log import cluster_of
+from telemetry.kafka_log import GivenUp, KafkaLog, KafkaReader, cluster_of, within
 
 
 def test_preferences_are_spread_over_partitions_and_versions_stay_in_one(kafka_config: TelemetryConfig) -> None:
@@ -112,3 +116,78 @@ def settings_of(broker: Broker, topic: str) -> dict[str, str]:
     (found,) = admin.describe_configs([ConfigResource(ConfigResourceType.TOPIC, topic)], config_filter="all").values()
     admin.close()
     return {name: entry["value"] for name, entry in found[topic].items()}
+
+
+def test_a_call_that_does_not_return_is_given_up_and_what_it_brings_late_is_thrown_away() -> None:
+    go_on, late = threading.Event(), list[str]()
+
+    def slow() -> str:
+        go_on.wait()
+        return "late"
+
+    with pytest.raises(GivenUp):
+        within(0.05, slow, late=late.append)
+    go_on.set()
+    deadline = time.monotonic() + 5.0
+    while not late and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert late == ["late"]
+    assert within(5.0, lambda: "in time", late=late.append) == "in time"
+    with pytest.raises(TimeoutError, match="its own"):
+        within(5.0, lambda: (_ for _ in ()).throw(TimeoutError("its own")))
+
+
+def test_a_reader_whose_client_hangs_says_so_and_reads_on_with_another(
+    kafka_config: TelemetryConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it was seen: the client waits for its own thread, for ever."""
+    log = open_log(kafka_config)
+    log.append(PREFERENCES, "k", b"one").result(timeout=20)
+    reader = log.reader([PREFERENCES], {})
+    assert isinstance(reader, KafkaReader)
+    assert [entry.payload for entry in poll_until(reader, 1)] == [b"one"]
+    hung, go_on = reader._consumer, threading.Event()
+    monkeypatch.setattr(kafka_log, "PATIENCE_S", 0.2)
+    monkeypatch.setattr(hung, "poll", lambda **_: go_on.wait())
+    with pytest.raises(LogUnavailable, match="does not answer"):
+        reader.poll(max_entries=10, timeout_s=0.1)
+    monkeypatch.setattr(kafka_log, "PATIENCE_S", 30.0)
+    log.append(PREFERENCES, "k", b"two").result(timeout=20)
+    assert [entry.payload for entry in poll_until(reader, 1)] == [b"two"], "from where it stood, nothing twice"
+    go_on.set()
+    reader.close()
+    hung.close(autocommit=False)
+    log.close()
+
+
+def test_an_entry_that_the_client_says_nothing_of_is_given_up(
+    kafka_config: TelemetryConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = open_log(msgspec.structs.replace(kafka_config, append_timeout_s=0.5))
+    log.append(PREFERENCES, "k", b"one").result(timeout=20)
+    assert isinstance(log, KafkaLog)
+    go_on = threading.Event()
+    connected = log._connected
+
+    def waits(topic: str) -> Any:
+        go_on.wait()
+        return connected(topic)
+
+    monkeypatch.setattr(log, "_connected", waits)
+    stuck, queued = log.append(PREFERENCES, "k", b"two"), log.append(PREFERENCES, "k", b"three")
+    for future in (stuck, queued):
+        with pytest.raises(LogUnavailable, match="says nothing"):
+            future.result(timeout=20)
+    monkeypatch.undo()
+    go_on.set()
+    time.sleep(0.2)
+    assert log.append(PREFERENCES, "k", b"four").result(timeout=20).topic == PREFERENCES, "the writer lives"
+    log.close()
+
+
+def poll_until(reader: KafkaReader, count: int) -> list[Entry]:
+    found: list[Entry] = []
+    deadline = time.monotonic() + 20.0
+    while len(found) < count and time.monotonic() < deadline:
+        found += reader.poll(max_entries=10, timeout_s=0.5)
+    return found

@@ -71,6 +71,7 @@ class Simulation:
         self.disk, self.versions = Checkpoints(self.world), Versions(self.world)
         self.shown: dict[str, tuple[PairShown, str]] = {}  # pair id → pair, choice
         self.tried: set[str] = set()
+        self.answered: set[str] = set()  # that there is a verdict, and another one
         self.acknowledged: dict[str, str] = {}  # preference id → the choice that was acknowledged
 
     def start(self) -> None:
@@ -177,6 +178,7 @@ class Simulation:
                 self._again("router")
             elif isinstance(answer, Conflict):  # the other choice was first
                 self.world.note("conflict", name)
+                self.answered.add(name)
             elif isinstance(answer, BaseException):
                 self.world.note("refused", name, type(answer).__name__)
             else:
@@ -216,6 +218,7 @@ class Simulation:
         self._must("no event is stored twice", [name for name, count in counts.items() if count > 1])
         self._must("every acknowledged verdict is stored", self.acknowledged.keys() - given.keys())
         self._must("no verdict is stored that nobody gave", given.keys() - self.tried)
+        self._must("every verdict was acknowledged in the end", self.tried - self.acknowledged.keys() - self.answered)
         decoded = {name: events.decode(row["event"].encode()) for name, row in given.items()}
         wrong = [n for n, said in self.acknowledged.items() if n in given and not _is(decoded[n], said)]
         self._must("what was acknowledged is what is stored", wrong)

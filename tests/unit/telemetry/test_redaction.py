@@ -26,6 +26,10 @@ REDACTOR = Redactor(KINDS)
         ("5500005555555559", "[card]"),
         ("0000000000000000 is no card", "0000000000000000 is no card"),
         ("4111 1111 1111 1111 123", "[card] 123"),
+        ("ES91 2100 0418 4502 0005 1332 is mine", "[iban] is mine"),
+        ("AT611904300234573201 and more", "[iban] and more"),
+        ("PL61 1090 1014 0000 0712 1981 2874 bitte", "[iban] bitte"),
+        ("4111111111111111 5500005555555559", "[card] [card]"),
         ("order 7 4111 1111 1111 1111", "order 7 [card]"),
         ("4111\u00a01111\u00a01111\u00a01111 12/27", "[card] 12/27"),
         ("at 10:20 4111111111111111", "at 10:20 [card]"),
@@ -97,10 +101,11 @@ def test_a_hook_finds_what_needs_a_model() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["a" * 60_000 + " @", "a.b-" * 15_000 + "@", "1 " * 30_000, "+1 " * 20_000, "DE89" * 15_000]
+    "text",
+    ["a" * 60_000 + " @", "a.b-" * 15_000 + "@", "1 " * 30_000, "+1 " * 20_000, "DE89" * 15_000, "4 1 1 1 " * 10_000],
 )
 def test_no_text_takes_long(text: str) -> None:
     """Each of these took seconds with patterns that try every beginning to every end."""
     begun = time.process_time()
     REDACTOR.text(text + " a@b.com")
-    assert time.process_time() - begun < 2.0
+    assert time.process_time() - begun < 1.5

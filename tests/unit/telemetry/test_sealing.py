@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
+from telemetry import people
 from telemetry.config import TelemetryConfig, open_sealer
 from telemetry.events import AnyEvent, FeedbackRecorded, PairShown, PreferenceRecorded, decode, encode
 from telemetry.people import Forgotten, KeysAway, KeyUnusable, LocalProvider, PersonKeys
@@ -171,11 +173,69 @@ def test_a_backup_does_not_bring_an_erased_key_back(sealer: Sealer, keys: Person
         sealer.open(sealed)
 
 
+def test_a_damaged_or_missing_key_can_be_erased_and_its_texts_are_then_forgotten(
+    sealer: Sealer, keys: PersonKeys, tmp_path: Path
+) -> None:
+    sealed, path = sealer.seal(texts()[0]), tmp_path / "keys" / "people" / ANN
+    backup = path.read_bytes()
+    path.write_bytes(b"torn")
+    assert keys.erase(ANN)
+    path.unlink(missing_ok=True)
+    assert not keys.erase(ANN)
+    path.write_bytes(backup)
+    for _ in range(2):
+        with pytest.raises(Forgotten):
+            Sealer(PersonKeys(tmp_path, LocalProvider(tmp_path))).open(sealed)
+        keys.obtain(ANN)
+    fresh = sealer.seal(texts()[0])
+    assert sealer.open(fresh).prompt == texts()[0].prompt, "who comes back has a key of their own"
+
+
+def test_an_erasure_that_was_interrupted_leaves_no_key_behind(
+    keys: PersonKeys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys.obtain(ANN)
+
+    def full(_: Path) -> None:
+        raise OSError("no space left")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(people, "_wipe", full)
+        with pytest.raises(OSError, match="space"):
+            keys.erase(ANN)
+    assert len(os.listdir(tmp_path / "keys" / "people")) == 1
+    assert not keys.erase(ANN)
+    assert os.listdir(tmp_path / "keys" / "people") == []
+
+
+def test_two_erasures_and_a_new_key_at_the_same_time_leave_nothing_unreadable(tmp_path: Path) -> None:
+    """A client that asks twice, while the person is back already."""
+    many = [PersonKeys(tmp_path, LocalProvider(tmp_path)) for _ in range(6)]
+    sealed: list[PairShown] = []
+
+    def come_and_go(keys: PersonKeys) -> None:
+        for _ in range(30):
+            keys.obtain(ANN)
+            with suppress(Forgotten):
+                sealed.append(Sealer(keys).seal(texts()[0]))  # type: ignore[arg-type]
+            keys.erase(ANN)
+
+    threads = [threading.Thread(target=come_and_go, args=(keys,)) for keys in many]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sealed
+    for each in sealed:
+        with pytest.raises(Forgotten):  # never KeyUnusable
+            Sealer(many[0]).open(each)
+
+
 def test_nothing_is_sealed_under_a_later_key_than_the_one_that_was_named(sealer: Sealer, keys: PersonKeys) -> None:
     before = sealer.prepare(ANN)
     assert sealer.key_id(ANN) == before
     keys.erase(ANN)
-    assert sealer.key_id(ANN) is None
+    assert sealer.key_id(ANN) == ""
     after = sealer.prepare(ANN)
     with pytest.raises(Forgotten):
         sealer.seal(texts()[0], key_id=before)
