@@ -12,12 +12,11 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, InvalidStateError, wait
-from contextlib import contextmanager, suppress
-from functools import partial
+from collections.abc import Sequence
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import msgspec
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition  # type: ignore[import-untyped]
@@ -35,49 +34,14 @@ from telemetry.event_log import Entry, LogUnavailable, Offsets, Position, Positi
 from telemetry.events import AUDIT, DEAD_LETTERS, VERSIONS
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
-Positions = dict[TopicPartition, int]  # the next offset to read
 
 RECONNECT_S: Final = 0.2
 CHECK_S: Final = 0.5  # a reader asks this often whether brokers, position and partitions are still as they were
 READ_TIMEOUT_S: Final = 5.0
 MAX_REQUEST_BYTES: Final = 1_048_576  # the brokers' default message.max.bytes
-# kafka-python's blocking calls wait for its own thread without a limit, and that was seen to last for ever (a consumer
-# whose broker had been killed and frozen many times): so long they may take, then they are given up.
-PATIENCE_S: Final = 30.0
 WATCH_S: Final = 1.0
 KEPT_FOR_EVER: Final = frozenset({VERSIONS, AUDIT})  # small, and what a new trainer or store begins with
 ONE_PARTITION: Final = frozenset({VERSIONS, DEAD_LETTERS, AUDIT})
-
-
-class GivenUp(RuntimeError):
-    """A call of the client did not return in time."""
-
-
-def within(limit_s: float, call: Callable[[], T], *, late: Callable[[T], object] = lambda _: None) -> T:
-    """What ``call`` returns or raises; GivenUp when it does neither in time.
-
-    Its thread is left behind then, and ``late`` gets what it returns after all.
-    """
-    done: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            result = call()
-        except Exception as error:  # noqa: BLE001  handed to whoever waits
-            if done.set_running_or_notify_cancel():
-                done.set_exception(error)
-            return
-        if done.set_running_or_notify_cancel():
-            done.set_result(result)
-        else:
-            late(result)
-
-    threading.Thread(target=run, name="kafka-call", daemon=True).start()
-    finished, _ = wait([done], limit_s)
-    if not finished and done.cancel():
-        raise GivenUp(GivenUp.__doc__)
-    return done.result()
 
 
 class Cluster(msgspec.Struct, frozen=True, kw_only=True):
@@ -197,11 +161,15 @@ class KafkaLog:
             for since_s, future in list(self._waiting.values()):
                 if time.monotonic() - since_s > most_s:
                     self._has_failed.set()
-                    _fail(future, GivenUp("the client says nothing"))
+                    _fail(future, TimeoutError("the client says nothing"))
 
     def _write(self) -> None:
         while (item := self._queue.get()) is not None:
-            self._send(item)
+            try:
+                self._send(item)
+            except Exception as error:
+                log.exception("an entry was not sent", extra={"action": "append_failed", "topic": item.topic})
+                _fail(item.future, error)
         self._drop_producer(flush_s=self._timeout_s)
 
     def _send(self, item: Append) -> None:
@@ -214,7 +182,7 @@ class KafkaLog:
                 producer = self._connected(item.topic)
                 reach("producer.handing_over")
                 sent = producer.send(self._cluster.name(item.topic), item.payload, item.key.encode())
-            except (KafkaError, OSError, ValueError, GivenUp) as error:  # ValueError: partitions not known yet
+            except (KafkaError, OSError, ValueError) as error:  # ValueError: partitions not known yet
                 self._trouble = error
                 self._drop_producer()
                 time.sleep(RECONNECT_S)
@@ -238,16 +206,13 @@ class KafkaLog:
         if self._has_failed.is_set():
             self._drop_producer()
         if topic not in self._topics:
-            within(PATIENCE_S, lambda: self._make_topic(topic))
+            with self._cluster.admin(self._timeout_s) as admin:
+                self._cluster.make_topics(admin, [topic])
             self._topics.add(topic)
         if self._producer is None:
             self._cluster.require(self._timeout_s)
-            self._producer = within(PATIENCE_S, self._new_producer, late=lambda made: made.close(timeout=0))
+            self._producer = self._new_producer()
         return self._producer
-
-    def _make_topic(self, topic: str) -> None:
-        with self._cluster.admin(self._timeout_s) as admin:
-            self._cluster.make_topics(admin, [topic])
 
     def _new_producer(self) -> KafkaProducer:
         timeout_ms = max(500, int(self._timeout_s * 1000))
@@ -268,8 +233,8 @@ class KafkaLog:
         producer, self._producer = self._producer, None
         self._topics.clear()  # they may have to be made again
         if producer is not None:
-            with suppress(GivenUp):
-                within(PATIENCE_S, lambda: producer.close(timeout=flush_s))
+            with suppress(KafkaError):  # what it could not flush in time it has failed, or the watch will
+                producer.close(timeout=flush_s)
         self._has_failed.clear()
 
 
@@ -285,16 +250,12 @@ def _unavailable(error: BaseException) -> LogUnavailable:
 
 
 class KafkaReader:
-    """``Reader`` over every partition of its topics; after LogUnavailable the next poll connects again.
-
-    What it knows is changed by the thread that polls alone: a call that was given up may still return, and changes
-    nothing then.
-    """
+    """``Reader`` over every partition of its topics; after LogUnavailable the next poll connects again."""
 
     def __init__(self, cluster: Cluster, topics: Sequence[str], start: Offsets) -> None:
         self._cluster = cluster
         self._names = {cluster.name(topic): topic for topic in topics}
-        self._next: Positions = {
+        self._next: dict[TopicPartition, int] = {
             TopicPartition(cluster.name(topic), partition): offset
             for topic, partitions in start.items()
             if topic in topics
@@ -304,51 +265,54 @@ class KafkaReader:
         self._checked_at = 0.0
 
     def poll(self, *, max_entries: int, timeout_s: float) -> list[Entry]:
-        with self._told():
-            consumer = self._connected()
-            timeout_ms = int(timeout_s * 1000)
-            poll = partial(consumer.poll, timeout_ms=timeout_ms, max_records=max_entries)
-            batches: dict[Any, Any] = within(PATIENCE_S + timeout_s, poll)
-            entries = [self._entry(record) for records in batches.values() for record in records]
+        try:
+            consumer = self._consumer or self._connect()
+            batches = consumer.poll(timeout_ms=int(timeout_s * 1000), max_records=max_entries)
             if time.monotonic() - self._checked_at > CHECK_S:
                 self._check(consumer)
-        return entries
-
-    def lag(self) -> int:
-        with self._told():
-            ends = self._ends(self._connected())
-        return sum(end - self._next[partition] for partition, end in ends.items())
-
-    def close(self) -> None:
-        consumer, self._consumer = self._consumer, None
-        if consumer is not None:
-            with suppress(GivenUp):
-                within(PATIENCE_S, partial(consumer.close, autocommit=False))
-
-    @contextmanager
-    def _told(self) -> Iterator[None]:
-        """Errors of the client in this log's words; its consumer is closed, or left behind where it does not answer."""
-        try:
-            yield
         except (OffsetOutOfRangeError, LogTruncationError) as error:
             raise _lost(str(error)) from error
-        except GivenUp as error:
-            self._consumer = None
-            raise LogUnavailable("Kafka cannot be read: the client does not answer") from error
         except (KafkaError, OSError) as error:
             self.close()
             raise LogUnavailable(f"Kafka cannot be read: {type(error).__name__} {error}") from error
+        return [self._entry(record) for records in batches.values() for record in records]
 
     def _entry(self, record: Any) -> Entry:
         self._next[TopicPartition(record.topic, record.partition)] = record.offset + 1
         position = Position(self._names[record.topic], record.partition, record.offset)
         return Entry(position, (record.key or b"").decode(), record.value or b"")
 
-    def _connected(self) -> KafkaConsumer:
-        if self._consumer is None:
-            connect = partial(_connect, self._cluster, list(self._names.values()), dict(self._next))
-            self._consumer, self._next = within(PATIENCE_S, connect, late=_close_late)
-        return self._consumer
+    def _connect(self) -> KafkaConsumer:
+        """Make the topics if need be, check every position against the log, and seek."""
+        with self._cluster.admin(READ_TIMEOUT_S) as admin:
+            self._cluster.make_topics(admin, list(self._names.values()))
+            described = admin.describe_topics(list(self._names))
+        partitions = [
+            TopicPartition(topic["name"], partition["partition_index"])
+            for topic in described
+            for partition in topic["partitions"]
+        ]
+        timeout_ms = int(READ_TIMEOUT_S * 1000)
+        consumer = KafkaConsumer(
+            **self._cluster.client,
+            group_id=None,
+            enable_auto_commit=False,
+            auto_offset_reset="none",
+            request_timeout_ms=timeout_ms,
+            bootstrap_timeout_ms=timeout_ms,
+            fetch_max_wait_ms=250,
+            metadata_max_age_ms=int(READ_TIMEOUT_S * 1000),  # how soon new partitions are seen
+        )
+        self._consumer = consumer
+        consumer.assign(partitions)
+        beginnings = consumer.beginning_offsets(partitions, timeout_ms=timeout_ms)
+        for partition in partitions:
+            offset = self._next.setdefault(partition, beginnings[partition])
+            if offset < beginnings[partition]:
+                raise _lost(f"{partition} starts at {beginnings[partition]} now, {offset} was next")
+            consumer.seek(partition, offset)
+        self._ends(consumer)
+        return consumer
 
     def _check(self, consumer: KafkaConsumer) -> None:
         """Are the brokers there, our positions inside the log, and all of its partitions ours?"""
@@ -357,56 +321,26 @@ class KafkaReader:
         if sum(len(consumer.partitions_for_topic(name)) for name in self._names) > len(self._next):
             self.close()  # the topic has grown: the next poll assigns anew, from where we are
 
-    def _ends(self, consumer: KafkaConsumer) -> Positions:
+    def _ends(self, consumer: KafkaConsumer) -> dict[TopicPartition, int]:
         """The offset after the last entry of each partition; raises PositionLost where it is behind ours."""
-        timeout_ms = int(READ_TIMEOUT_S * 1000)
-        ends: Positions = within(PATIENCE_S, partial(consumer.end_offsets, list(self._next), timeout_ms=timeout_ms))
+        ends: dict[TopicPartition, int] = consumer.end_offsets(list(self._next), timeout_ms=int(READ_TIMEOUT_S * 1000))
         for partition, end in ends.items():
             if end < self._next[partition]:
                 raise _lost(f"{partition} ends at {end}, {self._next[partition]} was next")
         return ends
 
+    def lag(self) -> int:
+        try:
+            ends = self._ends(self._consumer or self._connect())
+        except (KafkaError, OSError) as error:
+            self.close()
+            raise LogUnavailable(f"Kafka cannot be read: {type(error).__name__} {error}") from error
+        return sum(end - self._next[partition] for partition, end in ends.items())
 
-def _connect(cluster: Cluster, topics: Sequence[str], known: Positions) -> tuple[KafkaConsumer, Positions]:
-    """Make the topics if need be, check every position against the log, and seek; a consumer, and where it stands."""
-    with cluster.admin(READ_TIMEOUT_S) as admin:
-        cluster.make_topics(admin, topics)
-        described = admin.describe_topics([cluster.name(topic) for topic in topics])
-    partitions = [
-        TopicPartition(topic["name"], partition["partition_index"])
-        for topic in described
-        for partition in topic["partitions"]
-    ]
-    timeout_ms = int(READ_TIMEOUT_S * 1000)
-    consumer = KafkaConsumer(
-        **cluster.client,
-        group_id=None,
-        enable_auto_commit=False,
-        auto_offset_reset="none",
-        request_timeout_ms=timeout_ms,
-        bootstrap_timeout_ms=timeout_ms,
-        fetch_max_wait_ms=250,
-        metadata_max_age_ms=int(READ_TIMEOUT_S * 1000),  # how soon new partitions are seen
-    )
-    try:
-        consumer.assign(partitions)
-        beginnings = consumer.beginning_offsets(partitions, timeout_ms=timeout_ms)
-        ends = consumer.end_offsets(partitions, timeout_ms=timeout_ms)
-        for partition in partitions:
-            offset = known.setdefault(partition, beginnings[partition])
-            if offset < beginnings[partition]:
-                raise _lost(f"{partition} starts at {beginnings[partition]} now, {offset} was next")
-            if offset > ends[partition]:
-                raise _lost(f"{partition} ends at {ends[partition]}, {offset} was next")
-            consumer.seek(partition, offset)
-    except BaseException:
-        consumer.close(autocommit=False)
-        raise
-    return consumer, known
-
-
-def _close_late(connected: tuple[KafkaConsumer, Positions]) -> None:
-    connected[0].close(autocommit=False)
+    def close(self) -> None:
+        consumer, self._consumer = self._consumer, None
+        if consumer is not None:
+            consumer.close(autocommit=False)
 
 
 def _lost(what: str) -> PositionLost:

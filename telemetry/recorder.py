@@ -229,7 +229,13 @@ def serve(config: TelemetryConfig) -> None:
 
 def _announce(recorder: Recorder, state: Path, port: int) -> None:
     recorder.is_connected.wait()
-    announce_ready(state, "recorder", metrics_url=f"http://127.0.0.1:{port}/metrics")
+    while True:
+        try:
+            announce_ready(state, "recorder", metrics_url=f"http://127.0.0.1:{port}/metrics")
+            break
+        except OSError as error:  # a disk that is full now
+            log.warning("cannot announce: %s", error, extra={"action": "not_announced"})
+            time.sleep(RETRY_S)
     log.info("recording", extra={"action": "recorder_ready"})
 
 

@@ -157,6 +157,8 @@ class Table:
             )
         except CommitFailedError as error:
             raise StoreContended(f"{self.name}: {StoreContended.__doc__}") from error
+        except DeltaError as error:  # a disk that is full, an object store that is away
+            raise OSError(f"{self.name} cannot be written: {str(error).partition(chr(10))[0]}") from error
         self._commits += 1
         if self._commits % COMPACT_EVERY == 0:
             self.compact()

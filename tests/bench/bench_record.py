@@ -298,9 +298,7 @@ async def main() -> None:
             latencies = queryable(telemetry)
             rows.append(record.row("event → in the store for a reader, p99", record.quantile(latencies, 0.99), "s",
                                    bar=5, better="lower", p50_s=record.quantile(latencies, 0.5)))  # fmt: skip
-            recording.stop()
             fill_redis(telemetry, MILLION - BACKLOG)
-            recording = Recording(root / "b", telemetry)
             recording.until(MILLION)
             rows.append(record.row("memory of the recorder over a million events, at most", recording.peak_mb, "MB",
                                    bar=300, better="lower"))  # fmt: skip

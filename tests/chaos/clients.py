@@ -14,7 +14,7 @@ from tests.chaos.history import Verdicts
 
 USERS = 4
 GIVE_UP_S = 90.0
-PAUSE_S = 0.02
+PAUSE_S = 0.15
 TIMEOUT = aiohttp.ClientTimeout(total=40.0)
 NOT_NOW = 503, 502, 504, 429, 500
 

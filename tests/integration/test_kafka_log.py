@@ -11,13 +11,13 @@ import msgspec
 import pytest
 from kafka import KafkaAdminClient  # type: ignore[import-untyped]
 from kafka.admin import ConfigResource, ConfigResourceType  # type: ignore[import-untyped]
+from kafka.errors import KafkaTimeoutError  # type: ignore[import-untyped]
 
 from deploy.kafka.broker import Broker
-from telemetry import kafka_log
 from telemetry.config import TelemetryConfig, open_log
 from telemetry.event_log import Entry, LogUnavailable
 from telemetry.events import PREFERENCES, VERSIONS
-from telemetry.kafka_log import GivenUp, KafkaLog, KafkaReader, cluster_of, within
+from telemetry.kafka_log import KafkaLog, cluster_of
 
 
 def test_preferences_are_spread_over_partitions_and_versions_stay_in_one(kafka_config: TelemetryConfig) -> None:
@@ -118,48 +118,6 @@ def settings_of(broker: Broker, topic: str) -> dict[str, str]:
     return {name: entry["value"] for name, entry in found[topic].items()}
 
 
-def test_a_call_that_does_not_return_is_given_up_and_what_it_brings_late_is_thrown_away() -> None:
-    go_on, late = threading.Event(), list[str]()
-
-    def slow() -> str:
-        go_on.wait()
-        return "late"
-
-    with pytest.raises(GivenUp):
-        within(0.05, slow, late=late.append)
-    go_on.set()
-    deadline = time.monotonic() + 5.0
-    while not late and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert late == ["late"]
-    assert within(5.0, lambda: "in time", late=late.append) == "in time"
-    with pytest.raises(TimeoutError, match="its own"):
-        within(5.0, lambda: (_ for _ in ()).throw(TimeoutError("its own")))
-
-
-def test_a_reader_whose_client_hangs_says_so_and_reads_on_with_another(
-    kafka_config: TelemetryConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As it was seen: the client waits for its own thread, for ever."""
-    log = open_log(kafka_config)
-    log.append(PREFERENCES, "k", b"one").result(timeout=20)
-    reader = log.reader([PREFERENCES], {})
-    assert isinstance(reader, KafkaReader)
-    assert [entry.payload for entry in poll_until(reader, 1)] == [b"one"]
-    hung, go_on = reader._consumer, threading.Event()
-    monkeypatch.setattr(kafka_log, "PATIENCE_S", 0.2)
-    monkeypatch.setattr(hung, "poll", lambda **_: go_on.wait())
-    with pytest.raises(LogUnavailable, match="does not answer"):
-        reader.poll(max_entries=10, timeout_s=0.1)
-    monkeypatch.setattr(kafka_log, "PATIENCE_S", 30.0)
-    log.append(PREFERENCES, "k", b"two").result(timeout=20)
-    assert [entry.payload for entry in poll_until(reader, 1)] == [b"two"], "from where it stood, nothing twice"
-    go_on.set()
-    reader.close()
-    hung.close(autocommit=False)
-    log.close()
-
-
 def test_an_entry_that_the_client_says_nothing_of_is_given_up(
     kafka_config: TelemetryConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -185,9 +143,25 @@ def test_an_entry_that_the_client_says_nothing_of_is_given_up(
     log.close()
 
 
-def poll_until(reader: KafkaReader, count: int) -> list[Entry]:
-    found: list[Entry] = []
-    deadline = time.monotonic() + 20.0
-    while len(found) < count and time.monotonic() < deadline:
-        found += reader.poll(max_entries=10, timeout_s=0.5)
-    return found
+def test_a_producer_that_cannot_be_closed_stops_nothing(
+    kafka_config: TelemetryConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With entries under way, kafka-python says so by an exception; it once ended the writer, and with it the log."""
+    log = open_log(kafka_config)
+    assert isinstance(log, KafkaLog)
+    log.append(PREFERENCES, "k", b"one").result(timeout=20)
+    close = log._producer.close
+
+    def refuses(**options: Any) -> None:
+        close(**options)
+        raise KafkaTimeoutError("Timeout waiting for future")
+
+    monkeypatch.setattr(log._producer, "close", refuses)
+    log._has_failed.set()
+    assert log.append(PREFERENCES, "k", b"two").result(timeout=20).topic == PREFERENCES
+    monkeypatch.setattr(log, "_connected", lambda _: {}["nobody thought of this"])
+    with pytest.raises(LogUnavailable, match="nobody thought"):
+        log.append(PREFERENCES, "k", b"three").result(timeout=20)
+    monkeypatch.undo()
+    assert log.append(PREFERENCES, "k", b"four").result(timeout=20).topic == PREFERENCES
+    log.close()
