@@ -166,7 +166,7 @@ def test_a_recorder_whose_position_is_gone_halts_and_says_so(telemetry_config: T
         log.close()
 
         assert recorder.process is not None
-        assert recorder.process.wait(20) == 3
+        assert recorder.process.wait(60) == 3
         assert '"action":"position_lost"' in recorder.log_path.read_text()
     assert len(list(preferences(telemetry_config.store_root))) == 1
 
@@ -183,7 +183,7 @@ def test_a_recorder_whose_store_is_damaged_halts_and_says_so(telemetry_config: T
     log.close()
     with RecorderProcess(telemetry_config) as recorder:
         assert recorder.process is not None
-        assert recorder.process.wait(20) == 3
+        assert recorder.process.wait(60) == 3
     assert '"action":"store_damaged"' in recorder.log_path.read_text()
 
 
