@@ -10,6 +10,7 @@ from typing import Final
 from prometheus_client import CONTENT_TYPE_LATEST
 from redis.exceptions import RedisError
 from starlette.applications import Starlette
+from starlette.convertors import Convertor, register_url_convertor
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
@@ -49,6 +50,20 @@ from telemetry.config import TelemetryConfig
 from telemetry.manifest import VERSION_PATTERN
 from telemetry.metrics import page as page_of_metrics
 
+
+class _Erasable(Convertor[str]):
+    """A user in a path, slashes and all, but not the consent of one."""
+
+    regex = "(?!.*/consent$).+"
+
+    def convert(self, value: str) -> str:
+        return value
+
+    def to_string(self, value: str) -> str:
+        return value
+
+
+register_url_convertor("erasable", _Erasable())
 OpenServices = Callable[[], AbstractAsyncContextManager[Services]]
 
 
@@ -101,10 +116,8 @@ async def write_consent(request: Request, caller: Caller) -> Response:
 
 
 async def erase_user(request: Request, caller: Caller) -> Response:
-    here, user = services(request), request.path_params["user"]
-    if not user or user.endswith("/consent"):  # a consent is withdrawn by PUT
-        raise NotFound("There is no such user to be erased.", code="user_not_found")
-    return JsonResponse(await here.eraser.erase(pseudonym(here.key, user), caller))
+    here = services(request)
+    return JsonResponse(await here.eraser.erase(pseudonym(here.key, request.path_params["user"]), caller))
 
 
 def _consent_unavailable() -> Unavailable:
@@ -238,9 +251,9 @@ ENDPOINTS: Final = (
         summary="Opt a user in to pairs, or out.", answers={200: ConsentState}, errors=(503,),
     ),
     Endpoint(
-        method="DELETE", path="/v1/users/{user:path}", handler=erase_user, role="admin",
+        method="DELETE", path="/v1/users/{user:erasable}", handler=erase_user, role="admin",
         summary="Forget a user: no text of theirs can be read any more. Names the versions that learned from them.",
-        answers={200: Erasure}, errors=(404, 409, 503),
+        answers={200: Erasure}, errors=(409, 503),
     ),
     Endpoint(
         method="GET", path="/v1/models", handler=models, role="inference",
