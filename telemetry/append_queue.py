@@ -1,7 +1,8 @@
 """What both event logs do between ``append`` and their writer thread: queue, start the thread, stop it.
 
 The writer takes entries in order and resolves their futures; an entry's ``deadline`` says until when it may wait for
-a log that does not answer.
+a log that does not answer. When one fails, all that came after it fail with it: an outbox behind this log takes them in
+their order, and none may reach the log before one that was appended earlier.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 
 import msgspec
 
-from telemetry.event_log import MAX_PAYLOAD_BYTES, EntryTooLarge, Position
+from telemetry.event_log import MAX_PAYLOAD_BYTES, EntryTooLarge, LogUnavailable, Position
 
 
 class Append(msgspec.Struct):
@@ -38,6 +40,7 @@ class AppendQueue:
         self._lock = threading.Lock()
         self._writer: threading.Thread | None = None
         self._is_closed = False
+        self._waiting: dict[int, tuple[float, Future[Position]]] = {}  # appended when, by identity
 
     def put(self, topic: str, key: str, payload: bytes) -> Future[Position]:
         """Queue one entry for the writer."""
@@ -54,8 +57,22 @@ class AppendQueue:
             if self._writer is None:
                 self._writer = threading.Thread(target=self._write, name=self._name, daemon=True)
                 self._writer.start()
-            self._queue.put(Append(topic, key, payload, time.monotonic() + self._timeout_s, future))
+            now_s = time.monotonic()
+            self._waiting[id(future)] = (now_s, future)
+            self._queue.put(Append(topic, key, payload, now_s + self._timeout_s, future))
+        future.add_done_callback(lambda done: self._waiting.pop(id(done), None))
         return future
+
+    def fail(self, future: Future[Position], error: LogUnavailable) -> None:
+        """This entry could not be appended, nor can any that waits behind it."""
+        _fail(future, error)  # from here on an outbox takes what comes
+        for _, behind in list(self._waiting.values()):
+            _fail(behind, error)
+
+    def overdue(self, most_s: float) -> Future[Position] | None:
+        """The oldest entry, if it has waited longer than ``most_s``."""
+        since_s, future = next(iter(list(self._waiting.values())), (0.0, None))
+        return future if future is not None and time.monotonic() - since_s > most_s else None
 
     def get(self) -> Append | None:
         """Writer: the next entry, waiting for it; None after the last one."""
@@ -83,3 +100,8 @@ class AppendQueue:
         if writer is not None:
             self._queue.put(None)
             writer.join()
+
+
+def _fail(future: Future[Position], error: LogUnavailable) -> None:
+    with suppress(InvalidStateError):  # appended, or failed, a moment ago
+        future.set_exception(error)

@@ -132,7 +132,6 @@ class KafkaLog:
         self._cluster = cluster
         self._timeout_s = append_timeout_s
         self._queue = AppendQueue(self._write, append_timeout_s, "kafka-log-writer")
-        self._waiting: dict[int, tuple[float, Future[Position]]] = {}  # appended when, by identity
         self._has_failed = threading.Event()
         self._is_over = threading.Event()
         threading.Thread(target=self._watch, name="kafka-log-watch", daemon=True).start()
@@ -142,10 +141,7 @@ class KafkaLog:
         self._trouble: Exception | None = None  # why the last try to hand over an entry failed
 
     def append(self, topic: str, key: str, payload: bytes) -> Future[Position]:
-        future = self._queue.put(topic, key, payload)
-        self._waiting[id(future)] = (time.monotonic(), future)
-        future.add_done_callback(lambda done: self._waiting.pop(id(done), None))
-        return future
+        return self._queue.put(topic, key, payload)
 
     def reader(self, topics: Sequence[str], start: Offsets) -> KafkaReader:
         return KafkaReader(self._cluster, topics, start)
@@ -158,10 +154,9 @@ class KafkaLog:
         """Thread: an entry that is neither delivered nor failed long after it should be is given up."""
         most_s = max(5.0, 3 * self._timeout_s)
         while not self._is_over.wait(WATCH_S):
-            for since_s, future in list(self._waiting.values()):
-                if time.monotonic() - since_s > most_s:
-                    self._has_failed.set()
-                    _fail(future, TimeoutError("the client says nothing"))
+            if (future := self._queue.overdue(most_s)) is not None:
+                self._has_failed.set()
+                self._queue.fail(future, _unavailable(TimeoutError("the client says nothing")))
 
     def _write(self) -> None:
         while (item := self._queue.get()) is not None:
@@ -169,14 +164,14 @@ class KafkaLog:
                 self._send(item)
             except Exception as error:
                 log.exception("an entry was not sent", extra={"action": "append_failed", "topic": item.topic})
-                _fail(item.future, error)
+                self._queue.fail(item.future, _unavailable(error))
         self._drop_producer(flush_s=self._timeout_s)
 
     def _send(self, item: Append) -> None:
         """Hand the entry to the producer, connecting as long as the entry has time."""
         while not item.future.done():  # it may have been given up
             if self._trouble is not None and time.monotonic() > item.deadline:
-                _fail(item.future, self._trouble)
+                self._queue.fail(item.future, _unavailable(self._trouble))
                 return
             try:
                 producer = self._connected(item.topic)
@@ -199,7 +194,7 @@ class KafkaLog:
 
     def _on_failed(self, item: Append, error: BaseException) -> None:
         self._has_failed.set()
-        _fail(item.future, error)
+        self._queue.fail(item.future, _unavailable(error))
 
     def _connected(self, topic: str) -> KafkaProducer:
         """A producer that has not failed yet, with ``topic`` known to exist."""
@@ -236,11 +231,6 @@ class KafkaLog:
             with suppress(KafkaError):  # what it could not flush in time it has failed, or the watch will
                 producer.close(timeout=flush_s)
         self._has_failed.clear()
-
-
-def _fail(future: Future[Position], error: BaseException) -> None:
-    with suppress(InvalidStateError):  # delivered, or given up, a moment ago
-        future.set_exception(_unavailable(error))
 
 
 def _unavailable(error: BaseException) -> LogUnavailable:

@@ -191,11 +191,12 @@ class OutboxLog:
         """Queue one entry; the future tells where it became durable. Raises only when log and disk both fail."""
         entry, result = Spooled(topic, key, payload), Future[Durable]()
         result.set_running_or_notify_cancel()
-        with self._lock:
+        with self._lock:  # the log's queue, too: nothing may get into it once an earlier entry is here
             if self._is_spooling:
                 self._put(entry, result)
                 return result
-        self._log.append(topic, key, payload).add_done_callback(lambda done: self._settle(done, entry, result))
+            appended = self._log.append(topic, key, payload)
+        appended.add_done_callback(lambda done: self._settle(done, entry, result))
         return result
 
     def reader(self, topics: Sequence[str], start: Offsets) -> Reader:

@@ -80,43 +80,41 @@ class RedisLog:
         is_last = False
         while not is_last:
             group, is_last = self._queue.get_group(MAX_GROUP)
+            group = [item for item in group if not item.future.done()]  # failed with one before them
             while group:
-                group = _send(client, group)
+                group = self._send(client, group)
                 if group:
                     time.sleep(RECONNECT_S)
         client.close()
 
+    def _send(self, client: redis.Redis, group: list[Append]) -> list[Append]:
+        """Send the group and resolve its futures; what is left for another try keeps its order.
 
-def _send(client: redis.Redis, group: list[Append]) -> list[Append]:
-    """Send the group and resolve its futures; what is left for another try keeps its order.
+        A connection that breaks leaves open what was written: the next try may write an entry twice. Consumers
+        deduplicate by event_id.
+        """
+        pipeline = client.pipeline(transaction=False)
+        for item in group:
+            pipeline.xadd(item.topic, stream_fields(item.key, item.payload))
+        try:
+            results = pipeline.execute(raise_on_error=False)
+        except (redis.RedisError, OSError) as error:
+            results = [error] * len(group)
+        if all(isinstance(result, Exception) for result in results):
+            return self._while_there_is_time(group, results[0])
+        for item, result in zip(group, results, strict=True):
+            if isinstance(result, Exception):
+                item.future.set_exception(_unavailable(result))
+            else:
+                item.future.set_result(Position(item.topic, 0, offset_of(result)))
+        return []
 
-    A connection that breaks leaves open what was written: the next try may write an entry twice. Consumers
-    deduplicate by event_id.
-    """
-    pipeline = client.pipeline(transaction=False)
-    for item in group:
-        pipeline.xadd(item.topic, stream_fields(item.key, item.payload))
-    try:
-        results = pipeline.execute(raise_on_error=False)
-    except (redis.RedisError, OSError) as error:
-        results = [error] * len(group)
-    if all(isinstance(result, Exception) for result in results):
-        return _keep_what_has_time(group, results[0])
-    for item, result in zip(group, results, strict=True):
-        if isinstance(result, Exception):
-            item.future.set_exception(_unavailable(result))
-        else:
-            item.future.set_result(Position(item.topic, 0, offset_of(result)))
-    return []
-
-
-def _keep_what_has_time(group: list[Append], error: Exception) -> list[Append]:
-    now = time.monotonic()
-    kept = [item for item in group if item.deadline > now]
-    for item in group:
-        if item.deadline <= now:
-            item.future.set_exception(_unavailable(error))
-    return kept
+    def _while_there_is_time(self, group: list[Append], error: Exception) -> list[Append]:
+        """The group, for another try; nothing of it once its first entry has waited too long."""
+        if group[0].deadline > time.monotonic():
+            return group
+        self._queue.fail(group[0].future, _unavailable(error))
+        return []
 
 
 def _unavailable(error: Exception) -> LogUnavailable:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from telemetry.config import TelemetryConfig, open_log
@@ -162,3 +165,30 @@ def test_closing_during_an_outage_keeps_what_is_not_sent(
     found = payloads(again)
     again.close()
     assert first_of_each(found) == [str(n).encode() for n in range(10)]
+
+
+def test_nothing_overtakes_an_entry_that_failed(telemetry_config: TelemetryConfig, redis_server: RedisServer) -> None:
+    """Entries that were appended while the log did not answer lie behind one another in it, whoever failed first."""
+    config = msgspec.structs.replace(telemetry_config, append_timeout_s=0.4, redis_timeout_s=0.4)
+    log = OutboxLog(open_log(config), telemetry_config.state_path / "outbox")
+    log.append(TOPIC, "k", b"0").result(20)
+    appended = []
+    os.kill(redis_server.pid, signal.SIGSTOP)
+    try:
+        for number in range(1, 60):
+            appended.append(log.append(TOPIC, "k", str(number).encode()))
+            time.sleep(0.02)
+    finally:
+        os.kill(redis_server.pid, signal.SIGCONT)
+    for number in range(60, 120):
+        appended.append(log.append(TOPIC, "k", str(number).encode()))
+        time.sleep(0.005)
+    for future in appended:
+        future.result(20)
+    wait_for(lambda: log.pending == 0, "drained")
+    log.close()
+    after = open_log(telemetry_config)
+    found = [int(payload) for payload in payloads(after)]
+    after.close()
+    first = list(dict.fromkeys(found))
+    assert first == list(range(120)), "each first where it was appended; some twice"
