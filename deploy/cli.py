@@ -310,7 +310,7 @@ def _datasets(options: argparse.Namespace) -> int:
 
 
 def _labels(options: argparse.Namespace) -> int:
-    from deploy import datasets
+    from deploy import labels
     from telemetry.event_log import LogUnavailable
     from telemetry.labeling import LABEL_STUDIO_VIEW, InvalidLabels
 
@@ -320,10 +320,10 @@ def _labels(options: argparse.Namespace) -> int:
     telemetry = config.load(options.config, state=options.state).telemetry
     try:
         if options.action == "export":
-            return datasets.pairs_out(
+            return labels.pairs_out(
                 telemetry, options.format, options.out, most=options.pairs, with_judged=options.with_judged
             )
-        return datasets.labels_in(
+        return labels.labels_in(
             telemetry, options.format, options.file, source=options.source, instructions=options.instructions
         )
     except (InvalidLabels, LogUnavailable, OSError) as error:

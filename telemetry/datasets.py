@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
@@ -21,8 +20,7 @@ import pyarrow.compute as pc  # type: ignore[import-untyped]
 from deltalake import DeltaTable, write_deltalake
 from deltalake.exceptions import DeltaError
 
-from telemetry.events import PREFERENCES, PreferenceRecorded, PreferenceRetracted, decode, utc_now
-from telemetry.people import Forgotten
+from telemetry.events import PREFERENCES, PreferenceRecorded, PreferenceRetracted, utc_now
 from telemetry.rows import TABLE_OF
 from telemetry.sealing import Sealer
 
@@ -137,11 +135,7 @@ class Datasets:
         """Its verdicts with their texts, by id; without those of people who are forgotten. Raises DatasetChanged."""
         rows = self._rows(dataset.table_version, dataset.filter)
         self._require(dataset, rows)
-        for row in sorted(rows, key=lambda row: row["preference_id"]):
-            with suppress(Forgotten):
-                event = sealer.open(decode(row["event"].encode()))
-                assert isinstance(event, PreferenceRecorded)
-                yield event
+        return sealer.opened(sorted(rows, key=lambda row: row["preference_id"]))
 
     def _require(self, dataset: Dataset, rows: list[dict[str, Any]]) -> list[str]:
         """The ids in ``rows``. Raises DatasetChanged where they are not what it was made of."""

@@ -7,12 +7,14 @@ with the person's key, or hears that the person is forgotten.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any, Final, NamedTuple, TypeVar
 
 import msgspec
 from msgspec.structs import replace
 
-from telemetry.events import Completion, FeedbackRecorded, Message, PairShown, PreferenceRecorded, Sealed
+from telemetry.events import Completion, FeedbackRecorded, Message, PairShown, PreferenceRecorded, Sealed, decode
 from telemetry.people import Forgotten, KeyUnusable, PersonKey, PersonKeys
 
 R = TypeVar("R", bound=msgspec.Struct)
@@ -88,6 +90,12 @@ class Sealer:
         """The event with its texts. Raises Forgotten, KeyUnusable or KeysAway."""
         shape = SHAPES.get(type(event))
         return event if shape is None else self.open_record(event, shape, name=event.event_id)  # type: ignore[attr-defined]
+
+    def opened(self, rows: Iterable[Mapping[str, Any]]) -> Iterator[Any]:
+        """The events in the store's ``rows`` with their texts; without those of people who are forgotten."""
+        for row in rows:
+            with suppress(Forgotten):
+                yield self.open(decode(row["event"].encode()))
 
     def seal_record(self, record: Any, shape: Shape, *, name: str, key_id: str = "") -> Any:
         """``seal`` for a record of this shape, with ``user``, ``prompt`` and ``sealed``; ``name`` is its own alone."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Final
@@ -27,7 +27,6 @@ from telemetry.datasets import kept_versions
 from telemetry.errors import StoreDamaged
 from telemetry.event_log import Entry, Offsets
 from telemetry.events import AUDIT, PREFERENCES, AnyEvent, PreferenceRecorded, decode, utc_now
-from telemetry.people import Forgotten
 from telemetry.rows import SCHEMAS, TABLE_OF, row_of
 from telemetry.sealing import Sealer
 
@@ -73,7 +72,8 @@ class Table:
             is_new = not DeltaTable.is_deltatable(uri)
             self._delta = DeltaTable.create(uri, schema=self._schema) if is_new else DeltaTable(uri)
             self._add_columns()
-            self._keep_history()
+            if topic == PREFERENCES:
+                self._keep_history()
             self._seen: dict[str, None] = dict.fromkeys(self._recent_ids())
         self._commits = 0
 
@@ -263,16 +263,9 @@ def preferences(root: Path | str, *, with_retracted: bool = False) -> Iterator[d
                     yield row
 
 
-def opened(rows: Iterable[Mapping[str, Any]], sealer: Sealer) -> Iterator[Any]:
-    """The events in ``rows`` with their texts; without those of people who are forgotten."""
-    for row in rows:
-        with suppress(Forgotten):
-            yield sealer.open(decode(row["event"].encode()))
-
-
 def verdicts(root: Path | str, sealer: Sealer) -> Iterator[PreferenceRecorded]:
     """The verdicts that were not taken back, with their texts; without those of people who are forgotten."""
-    return opened(preferences(root), sealer)
+    return sealer.opened(preferences(root))
 
 
 def trl_rows(events: Iterable[PreferenceRecorded]) -> Iterator[dict[str, list[dict[str, Any]]]]:

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,14 +62,12 @@ class Sweep:
     done: Counter[str] = field(default_factory=Counter)
     missed: Counter[str] = field(default_factory=Counter)
 
-    def run(self, combinations: Iterable[tuple[str, str]], *, deadline_s: float = float("inf")) -> None:
-        """Each (point, fault) once, with a word on standard error; stops early at the deadline."""
+    def run(self, combinations: Iterable[tuple[str, str]]) -> None:
+        """Each (point, fault) once, with a word on standard error."""
         clients = Clients(self.deployment.url, self.verdicts)
         clients.start()
         try:
             for point, fault in combinations:
-                if time.monotonic() > deadline_s:
-                    break
                 was_reached = self._one(point, fault)
                 (self.done if was_reached else self.missed)[fault] += 1
                 print(f"{point:28} {fault:14} {'' if was_reached else 'not reached'}", file=sys.stderr, flush=True)
@@ -125,33 +123,23 @@ class Sweep:
     def _let_happen(self, fault: str, pid: int) -> None:
         """The process stands still now; it goes on when this returns, unless it was killed."""
         settings, deployment = self.settings, self.deployment
+        broker, redis, filler = deployment.broker, deployment.redis, deployment.state / "filler"
         if fault == KILL:
             os.kill(pid, signal.SIGKILL)
-        elif fault == FREEZE:
+            return
+        if fault == FREEZE:
             time.sleep(settings.freeze_s)
-        elif fault == BROKER_KILL:
-            deployment.broker.kill()
-            os.kill(pid, signal.SIGCONT)
-            time.sleep(settings.broker_down_s)
-            deployment.broker.start()
-        elif fault == BROKER_FREEZE:
-            with suppress(RuntimeError):  # killed already, for an outbox's point
-                os.kill(deployment.broker.pid, signal.SIGSTOP)
-            os.kill(pid, signal.SIGCONT)
-            time.sleep(settings.broker_freeze_s)
-            with suppress(RuntimeError):
-                os.kill(deployment.broker.pid, signal.SIGCONT)
-        elif fault == REDIS_KILL:
-            deployment.redis.kill()
-            os.kill(pid, signal.SIGCONT)
-            time.sleep(settings.redis_down_s)
-            deployment.redis.start()
-        elif fault == DISK_FULL:
-            filler = deployment.state / "filler"
-            subprocess.run(["dd", "if=/dev/zero", f"of={filler}", "bs=64k"], capture_output=True, check=False)
-            os.kill(pid, signal.SIGCONT)
-            time.sleep(settings.disk_full_s)
-            filler.unlink()
+            return
+        begin, lasts_s, end = {
+            BROKER_KILL: (broker.kill, settings.broker_down_s, broker.start),
+            BROKER_FREEZE: (_to(broker, signal.SIGSTOP), settings.broker_freeze_s, _to(broker, signal.SIGCONT)),
+            REDIS_KILL: (redis.kill, settings.redis_down_s, redis.start),
+            DISK_FULL: (lambda: _fill(filler), settings.disk_full_s, filler.unlink),
+        }[fault]
+        begin()
+        os.kill(pid, signal.SIGCONT)
+        time.sleep(lasts_s)
+        end()
 
     def findings(self) -> Findings:
         """Let everything run dry, and count."""
@@ -167,6 +155,19 @@ class Sweep:
             if is_late or (is_read and not (found.lost or found.untrained)):
                 return found
             time.sleep(1.0)
+
+
+def _to(broker: Broker, number: signal.Signals) -> Callable[[], None]:
+    def send() -> None:
+        with suppress(RuntimeError):  # killed already, for an outbox's point
+            os.kill(broker.pid, number)
+
+    return send
+
+
+def _fill(path: Path) -> None:
+    """Write until the disk is full."""
+    subprocess.run(["dd", "if=/dev/zero", f"of={path}", "bs=64k"], capture_output=True, check=False)
 
 
 def _is_read(deployment: Deployment) -> bool:

@@ -15,7 +15,7 @@ from online_trainer import checkpoint
 from router.pairs import pseudonym
 from router.private import Private
 from telemetry.config import TelemetryConfig, open_sealer
-from telemetry.events import AUDIT, AuditRecorded, FeedbackRecorded, PersonErased, PreferenceRecorded
+from telemetry.events import AUDIT, AuditRecorded, FeedbackRecorded, PairShown, PersonErased, PreferenceRecorded
 from telemetry.outbox import read_segment
 from telemetry.people import Forgotten
 from telemetry.process import signing_key
@@ -137,6 +137,39 @@ async def test_what_is_under_way_when_a_person_is_erased_is_not_written_under_th
     shown = msgspec.structs.replace(examples.pair(1), user=person)
     with pytest.raises(Forgotten):
         await private.sealed(shown, before)
+
+
+async def test_what_is_written_is_redacted_and_what_is_read_is_not(telemetry_config: TelemetryConfig) -> None:
+    """In the clear too: pair, verdict, thumb, and what Redis remembers for it."""
+    plain = msgspec.structs.replace(telemetry_config, encryption=False)
+    async with running_stack(plain) as stack:
+        mail = "ann@example.org"
+        pair = await stack.pair(user="ann", messages=[{"role": "user", "content": f"I am {mail}"}])
+        assert all(mail in choice["message"]["content"] for choice in pair["choices"])
+        assert (await stack.click(pair, "a", comment=mail, edited=mail))[0] == 201
+        _, single, _ = await stack.ask(f"I am {mail}", user="ann", preference={"pair": "never"})
+        thumb = {"completion_id": single["id"], "rating": 1, "comment": mail}
+        async with stack.http.post("/v1/feedback", json=thumb) as response:
+            assert response.status == 201
+        await asyncio.sleep(0.2)
+        written = await in_redis(stack)
+        assert mail.encode() not in written
+        kinds = (PairShown, PreferenceRecorded, FeedbackRecorded)
+        found = await stack.events(*kinds, expected=3)
+        assert all("[email]" in event.prompt[0].content for event in found)
+        verdict = next(event for event in found if isinstance(event, PreferenceRecorded))
+        assert (verdict.comment, verdict.edited) == ("[email]", "[email]")
+
+
+async def test_consent_and_orders_are_in_the_trail(stack: Stack) -> None:
+    await stack.consent("ann")
+    async with stack.http.post("/admin/releases/v000007-aaaaaaaa/promote", json={"reason": "a try"}) as response:
+        assert response.status == 202
+    found = await stack.events(AuditRecorded, expected=2)
+    assert [(event.action, event.actor) for event in found] == [
+        ("consent_changed", "operator"), ("promote_ordered", "operator"),
+    ]  # fmt: skip
+    assert (found[1].subject, found[1].details["reason"]) == ("v000007-aaaaaaaa", "a try")
 
 
 async def test_who_comes_back_starts_anew(stack: Stack) -> None:

@@ -27,9 +27,9 @@ from telemetry.event_log import Entry, LogUnavailable, Offsets, Position
 from telemetry.events import TOPICS, VERSIONS, AnyEvent, VersionPublished, decode
 from telemetry.manifest import base_version
 from telemetry.outbox import Durable
-from telemetry.rows import TABLE_OF, row_of
+from telemetry.rows import TABLE_OF
 from telemetry.sealing import Sealer
-from telemetry.store import Recorded, Store, Table
+from telemetry.store import Store, Table
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 PARTITIONS = 2
@@ -203,7 +203,7 @@ class FakeRedis:
                 return await self.get(words[1])
             case "HMGET":
                 return await self.hmget(words[1], list(words[2:]))
-        raise NotImplementedError(words[0])
+        raise AssertionError(f"the simulation's Redis does not know {words[0]}")
 
     async def _claim(self, *, keys: list[str], args: list[Any]) -> tuple[bytes, bytes, int, bytes]:
         """``router.claims._CLAIM`` for a log that is not this Redis."""
@@ -433,8 +433,3 @@ class Checkpoints:
         payload = msgspec.json.encode(state)
         self._world.reach("trainer.checkpoint_staged")
         self.newest = (number, payload, tensors)
-
-
-def stored(store: MemoryStore, recorded: Recorded, at: datetime) -> dict[str, Any]:
-    """A row, for planted bugs that write past the table."""
-    return row_of(recorded.event, recorded.entry, at)

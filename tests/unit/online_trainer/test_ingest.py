@@ -6,7 +6,7 @@ import msgspec
 
 from online_trainer.ingest import IntakeState, is_held_out
 from telemetry.event_log import Entry, Position
-from telemetry.events import Message, PreferenceRetracted
+from telemetry.events import Message, PersonErased, PreferenceRetracted
 from tests.unit.online_trainer.kit import START, intake, prompt_that_is, verdict
 
 
@@ -164,3 +164,19 @@ def test_state_survives_json_and_goes_on_alike() -> None:
     assert restored.offsets == {"topic": {2: 42}}
     restored.record(verdict(3))
     assert restored.state() == found.state()
+
+
+def test_labelers_of_one_users_pairs_are_people_of_their_own() -> None:
+    own = intake(max_pairs_per_user=1)
+    for number, labeler in enumerate(("eva", "ida", "eva")):
+        own.record(msgspec.structs.replace(verdict(number, user="ann"), labeler=labeler))
+    assert [each.labeler for each in own.next_batch(8)] == ["eva", "ida"]
+
+
+def test_whoever_is_erased_is_erased_up_to_then() -> None:
+    own = intake()
+    for number, user in enumerate(("ann", "bob", "ann")):
+        own.record(verdict(number, user=user))
+    own.erase(PersonErased(user="ann", actor="operator", occurred_at=verdict(1).occurred_at))
+    assert [each.preference_id for each in own.pending] == ["preference-1", "preference-2"]
+    assert own.dropped == [("preference-0", "erased")]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from msgspec.structs import replace
 
 from deploy.release.intake import OWN_ERRORS, inputs_of, is_answering
 from deploy.release.state import Served
-from telemetry.events import Channel, CompletionServed
+from telemetry.events import Channel, CompletionServed, LabelSource
 from telemetry.routing import Replica, ReplicaTable, VariantRoute
+from tests import examples
 
 
 def served(error: str, *, channel: Channel = "stable", finish_reason: str = "error") -> CompletionServed:
@@ -59,3 +61,11 @@ def test_a_replica_that_answers_users_now_means_that_they_ask(
 def test_without_a_table_nobody_is_seen_asking() -> None:
     route = VariantRoute("main", "tiny", "v0", stable="v1", previous="v0")
     assert not is_answering(None, route, 1000.0, 10.0)
+
+
+@pytest.mark.parametrize(
+    ("source", "counts"), [("end_user", True), ("simulated", True), ("labeler", False), ("judge", False)]
+)
+def test_labels_are_no_evidence_of_users(source: LabelSource, counts: bool) -> None:
+    """Many labelers judge one pair: that is not many users."""
+    assert (inputs_of(replace(examples.preference(1), source=source)) is not None) is counts

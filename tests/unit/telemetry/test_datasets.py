@@ -13,10 +13,10 @@ from msgspec.structs import replace
 from telemetry import store as stores
 from telemetry.datasets import DatasetChanged, Datasets, DatasetUnknown, Filter
 from telemetry.event_log import Entry, Position
-from telemetry.events import PREFERENCES, AnyEvent, PreferenceRecorded, encode, key_of
+from telemetry.events import PAIRS, PREFERENCES, AnyEvent, PreferenceRecorded, encode, key_of
 from telemetry.people import LocalProvider, PersonKeys
 from telemetry.sealing import Sealer
-from telemetry.store import Recorded, Store
+from telemetry.store import KEEP_LOG, Recorded, Store
 from tests import examples
 
 ANN, BOB = "a" * 16, "b" * 16
@@ -117,6 +117,7 @@ def _files(store: Store) -> list[str]:
 
 def test_log_entries_are_never_cleaned_away(store: Store) -> None:
     assert store.tables[PREFERENCES]._delta.metadata().configuration["delta.enableExpiredLogCleanup"] == "false"
+    assert KEEP_LOG not in store.tables[PAIRS]._delta.metadata().configuration, "where no data set looks, they are"
     again = Store(store.tables[PREFERENCES]._root)
     assert again.tables[PREFERENCES]._delta.version() == store.tables[PREFERENCES]._delta.version()
 
