@@ -156,9 +156,12 @@ def test_a_producer_that_cannot_be_closed_stops_nothing(
         close(**options)
         raise KafkaTimeoutError("Timeout waiting for future")
 
+    def knows_no_partitions(*_: Any) -> None:
+        raise KafkaTimeoutError("Failed to update metadata")
+
     monkeypatch.setattr(log._producer, "close", refuses)
-    log._has_failed.set()
-    assert log.append(PREFERENCES, "k", b"two").result(timeout=20).topic == PREFERENCES
+    monkeypatch.setattr(log._producer, "send", knows_no_partitions)
+    assert log.append(PREFERENCES, "k", b"two").result(timeout=20).topic == PREFERENCES, "with another producer"
     monkeypatch.setattr(log, "_connected", lambda _: {}["nobody thought of this"])
     with pytest.raises(LogUnavailable, match="nobody thought"):
         log.append(PREFERENCES, "k", b"three").result(timeout=20)
