@@ -53,6 +53,14 @@ redis.call('HSET', KEYS[1], 'durable', 'log')
 return {kept, '', 1, 'log'}
 """)
 
+# KEYS verdict, lock, receipt; ARGV where the event is durable, then the words of the receipt (the recorder may have
+# been here first)
+_MARK: Final = Script("""
+for i = 2, #ARGV, 2 do redis.call('HSETNX', KEYS[3], ARGV[i], ARGV[i + 1]) end
+redis.call('HSET', KEYS[1], 'durable', ARGV[1])
+redis.call('DEL', KEYS[2])
+""")
+
 
 class Claim(msgspec.Struct, frozen=True):
     """The one verdict that a pair gets, kept from before it is durable."""
@@ -83,7 +91,8 @@ class Claims:
 
     def __init__(self, redis: Redis, ledger: Ledger, *, ttl_s: float, lease_s: float, embedded_log: bool) -> None:
         self._redis = redis
-        self._reads, self._writes = Gathered(redis), Gathered(redis)  # clicks at the same time share a sync
+        # Clicks at the same time share a sync; none waits behind another's mark.
+        self._reads, self._writes, self._notes = Gathered(redis), Gathered(redis), Gathered(redis)
         self._ledger = ledger
         self._ttl_s = int(ttl_s)
         self._lease_ms = int(lease_s * 1000)
@@ -150,12 +159,8 @@ class Claims:
         reach("router.verdict_marked")
 
     async def _write_mark(self, event: PreferenceRecorded, durable: str) -> None:
-        async with self._redis.pipeline(transaction=True) as pipeline:
-            for name, value in _accepted(event, durable).items():  # the recorder may have been here first
-                pipeline.hsetnx(receipt_key(event.event_id), name, value)
-            pipeline.hset(VERDICT_KEY + event.pair_id, "durable", durable)
-            pipeline.delete(LOCK_KEY + event.pair_id)
-            await pipeline.execute()
+        keys = [VERDICT_KEY + event.pair_id, LOCK_KEY + event.pair_id, receipt_key(event.event_id)]
+        await self._notes.run(_MARK, keys, [durable, *chain.from_iterable(_accepted(event, durable).items())])
 
     async def marked(self, preference_id: str) -> bool:
         """Wait a moment for a mark that is being written; False when it still is."""

@@ -1,8 +1,8 @@
 """What both event logs do between ``append`` and their writer thread: queue, start the thread, stop it.
 
 The writer takes entries in order and resolves their futures; an entry's ``deadline`` says until when it may wait for
-a log that does not answer. When one fails, all that came after it fail with it: an outbox behind this log takes them in
-their order, and none may reach the log before one that was appended earlier.
+a log that does not answer. When one fails, all that came after it fail with it: none may reach the log before one that
+was appended earlier, and that an outbox behind this log is about to bring again.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ class AppendQueue:
         self._name = name
         self._queue: queue.SimpleQueue[Append | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
+        self.failing = threading.RLock()  # held while entries fail, and by a writer that hands one over
         self._writer: threading.Thread | None = None
         self._is_closed = False
         self._waiting: dict[int, tuple[float, Future[Position]]] = {}  # appended when, by identity
@@ -65,9 +66,10 @@ class AppendQueue:
 
     def fail(self, future: Future[Position], error: LogUnavailable) -> None:
         """This entry could not be appended, nor can any that waits behind it."""
-        _fail(future, error)  # from here on an outbox takes what comes
-        for _, behind in list(self._waiting.values()):
-            _fail(behind, error)
+        with self.failing:
+            _fail(future, error)  # from here on an outbox takes what comes
+            for _, behind in list(self._waiting.values()):
+                _fail(behind, error)
 
     def overdue(self, most_s: float) -> Future[Position] | None:
         """The oldest entry, if it has waited longer than ``most_s``."""

@@ -155,8 +155,7 @@ class KafkaLog:
         most_s = max(5.0, 3 * self._timeout_s)
         while not self._is_over.wait(WATCH_S):
             if (future := self._queue.overdue(most_s)) is not None:
-                self._has_failed.set()
-                self._queue.fail(future, _unavailable(TimeoutError("the client says nothing")))
+                self._give_up(future, TimeoutError("the client says nothing"))
 
     def _write(self) -> None:
         while (item := self._queue.get()) is not None:
@@ -176,7 +175,10 @@ class KafkaLog:
             try:
                 producer = self._connected(item.topic)
                 reach("producer.handing_over")
-                sent = producer.send(self._cluster.name(item.topic), item.payload, item.key.encode())
+                with self._queue.failing:
+                    if self._has_failed.is_set():
+                        continue  # what failed a moment ago may have been before this one
+                    sent = producer.send(self._cluster.name(item.topic), item.payload, item.key.encode())
             except (KafkaError, OSError, ValueError) as error:  # ValueError: partitions not known yet
                 self._trouble = error
                 self._drop_producer()
@@ -193,20 +195,27 @@ class KafkaLog:
             item.future.set_result(Position(item.topic, metadata.partition, metadata.offset))
 
     def _on_failed(self, item: Append, error: BaseException) -> None:
-        self._has_failed.set()
-        self._queue.fail(item.future, _unavailable(error))
+        self._give_up(item.future, error)
+
+    def _give_up(self, future: Future[Position], error: BaseException) -> None:
+        with self._queue.failing:
+            self._has_failed.set()
+            self._queue.fail(future, _unavailable(error))
 
     def _connected(self, topic: str) -> KafkaProducer:
         """A producer that has not failed yet, with ``topic`` known to exist."""
         if self._has_failed.is_set():
             self._drop_producer()
-        if topic not in self._topics:
+        is_new = topic not in self._topics
+        if is_new:
             with self._cluster.admin(self._timeout_s) as admin:
                 self._cluster.make_topics(admin, [topic])
-            self._topics.add(topic)
         if self._producer is None:
             self._cluster.require(self._timeout_s)
             self._producer = self._new_producer()
+        if is_new:
+            self._producer.partitions_for(self._cluster.name(topic))  # waits for it here, so that no send has to
+            self._topics.add(topic)
         return self._producer
 
     def _new_producer(self) -> KafkaProducer:

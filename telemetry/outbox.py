@@ -169,7 +169,8 @@ class OutboxLog:
         self._segments = Segments(folder)
         for left in adopt:
             self._segments.adopt(left)
-        self._lock = threading.Lock()  # guards the three below
+        self._lock = threading.Lock()  # guards the four below
+        self._under_way: dict[int, tuple[Spooled, Future[Durable]]] = {}  # in the log's hands, in order, by identity
         self._unwritten = 0  # entries on their way to a segment
         self._unsent = sum(1 for path in self._segments.paths() for _ in read_segment(path))
         self._is_spooling = bool(self._segments.paths())
@@ -196,7 +197,8 @@ class OutboxLog:
                 self._put(entry, result)
                 return result
             appended = self._log.append(topic, key, payload)
-        appended.add_done_callback(lambda done: self._settle(done, entry, result))
+            self._under_way[id(entry)] = (entry, result)
+        appended.add_done_callback(lambda done: self._settle(done, entry))
         return result
 
     def reader(self, topics: Sequence[str], start: Offsets) -> Reader:
@@ -212,13 +214,24 @@ class OutboxLog:
         self._spooler.join()
         self._segments.close()
 
-    def _settle(self, done: Future[Position], entry: Spooled, result: Future[Durable]) -> None:
+    def _settle(self, done: Future[Position], entry: Spooled) -> None:
+        """The log took the entry, or did not. Then all that it still has in hand go to a segment, in their order.
+
+        They fail one by one and on more than one thread, and a later one may be told first. What the log takes
+        nevertheless is there twice; consumers deduplicate.
+        """
         error = done.exception()
+        with self._lock:
+            if id(entry) not in self._under_way:  # it went to a segment with another one
+                return
+            if isinstance(error, LogUnavailable):
+                under_way, self._under_way = self._under_way, {}
+                for each, waiting in under_way.values():
+                    self._put(each, waiting)
+                return
+            _, result = self._under_way.pop(id(entry))
         if error is None:
             result.set_result(Durable("log", done.result()))
-        elif isinstance(error, LogUnavailable):
-            with self._lock:
-                self._put(entry, result)
         else:
             result.set_exception(error)
 

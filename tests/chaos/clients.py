@@ -14,7 +14,6 @@ from tests.chaos.history import Verdicts
 
 USERS = 4
 GIVE_UP_S = 90.0
-PAUSE_S = 0.15
 TIMEOUT = aiohttp.ClientTimeout(total=40.0)
 NOT_NOW = 503, 502, 504, 429, 500
 
@@ -22,9 +21,9 @@ NOT_NOW = 503, 502, 504, 429, 500
 class Clients(threading.Thread):
     """Users in an event loop of their own, until ``over`` is set."""
 
-    def __init__(self, url: str, verdicts: Verdicts) -> None:
+    def __init__(self, url: str, verdicts: Verdicts, pause_s: float) -> None:
         super().__init__(name="chaos-clients", daemon=True)
-        self._url, self._verdicts = url, verdicts
+        self._url, self._verdicts, self._pause_s = url, verdicts, pause_s
         self.over = threading.Event()
 
     def run(self) -> None:
@@ -45,7 +44,7 @@ class Clients(threading.Thread):
             status, answer = await self._call(http, "POST", "/v1/chat/completions", ask)
             if status == 200 and answer.get("preference"):
                 await self._judge(http, answer["preference"], dice.choice(("a", "b", "a", "b", "tie")))
-            await asyncio.sleep(PAUSE_S)
+            await asyncio.sleep(self._pause_s)
 
     async def _judge(self, http: aiohttp.ClientSession, offer: dict[str, Any], choice: str) -> None:
         name = preference_id(offer["pair_id"])

@@ -14,7 +14,7 @@ from tests.chaos.deployment import deployed
 from tests.chaos.sweep import BROKER_FREEZE, BROKER_KILL, DISK_FULL, FREEZE, KILL, REDIS_KILL, Settings, Sweep
 
 pytestmark = pytest.mark.timeout(420)
-SHORT = Settings(freeze_s=1.0, broker_down_s=1.0, broker_freeze_s=4.0, redis_down_s=0.5, disk_full_s=1.0)
+SHORT = Settings(freeze_s=1.0, broker_down_s=1.0, broker_freeze_s=4.0, redis_down_s=0.5, disk_full_s=1.0, pause_s=0.15)
 OTHERS = (
     ("trainer.checkpointed", FREEZE),
     ("producer.acknowledged", BROKER_KILL),
@@ -49,7 +49,7 @@ def test_nothing_acknowledged_is_lost_or_counts_twice_wherever_a_process_ends(br
 def test_a_recorder_that_commits_its_offsets_first_is_caught(broker: Broker, tmp_path: Path) -> None:
     wrong = "tests.chaos.wrong_recorder"
     with deployed(tmp_path, broker, writes_per_second=WRITES_PER_S, recorder=wrong) as deployment:
-        sweep = Sweep(deployment, Settings(drain_s=6.0))
+        sweep = Sweep(deployment, Settings(pause_s=0.15, stalled_s=6.0))
         sweep.run([("recorder.topic_committed", KILL)] * 3)
         time.sleep(1.0)
         assert sweep.findings().lost, "a checker that misses this proves nothing"
