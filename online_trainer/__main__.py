@@ -76,6 +76,7 @@ def load_policy(config: TrainerConfig) -> Policy:
     return Policy(
         model, tokenizer,
         rank=config.rank, alpha=config.alpha, layers=config.layers, targets=config.targets, seed=config.seed,
+        ld_alpha=config.ld_alpha,
     )  # fmt: skip
 
 

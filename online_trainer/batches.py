@@ -8,6 +8,7 @@ Only positions that predict a completion's tokens get logits. B pairs, T tokens,
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -50,6 +51,7 @@ class Rows(NamedTuple):
     source_M: Tensor  # flat index into B·T of the position that predicts
     target_M: Tensor  # the token that it should predict
     side_M: Tensor
+    weight_M: Tensor  # of the token's log-prob in its side's sum
     pairs: int
 
     def to(self, device: torch.device) -> Rows:
@@ -61,6 +63,7 @@ class Rows(NamedTuple):
             source_M=self.source_M.to(device),
             target_M=self.target_M.to(device),
             side_M=self.side_M.to(device),
+            weight_M=self.weight_M.to(device),
             pairs=self.pairs,
         )
 
@@ -83,38 +86,48 @@ def completion_tokens(tokenizer: Tokenizer, completion: Completion, limit: int) 
 
 
 def served_reference(
-    tokenizer: Tokenizer, completion: Completion, tokens: Sequence[int], base_version: str
+    tokenizer: Tokenizer, completion: Completion, tokens: Sequence[int], weights: Sequence[float], base_version: str
 ) -> float | None:
-    """The sum of the base's log-probs of ``tokens`` as serving computed them; None where it did not, or of others."""
+    """The weighted sum of the base's log-probs of ``tokens`` as serving computed them; None where it has not."""
     ids = completion.token_ids
     if len(completion.reference_logps) > len(ids) and tokenizer.eos_token_id is not None:
         ids = (*ids, tokenizer.eos_token_id)
     is_of_these = len(completion.reference_logps) == len(ids) and tuple(tokens) == ids[: len(tokens)]
     if completion.reference != base_version or not is_of_these:
         return None
-    return math.fsum(completion.reference_logps[: len(tokens)])
+    return math.fsum(map(operator.mul, completion.reference_logps, weights))
 
 
-def pack(pairs: Sequence[PairTokens]) -> Rows:
+def token_weights(length: int, other: int, ld_alpha: float) -> list[float]:
+    """Weights of a side's ``length`` tokens: 1 up to the ``other`` side's length, ``ld_alpha`` beyond.
+
+    LD-DPO (arXiv 2409.06411, eq. 8): what only the longer answer has is where length itself is rewarded.
+    """
+    return [1.0] * min(length, other) + [ld_alpha] * max(0, length - other)
+
+
+def pack(pairs: Sequence[PairTokens], ld_alpha: float = 1.0) -> Rows:
     """``pairs`` as one padded batch of shared-prompt rows."""
     length = max(pair.total for pair in pairs)
     tokens_BT = torch.zeros(len(pairs), length, dtype=torch.long)
     positions_BT = torch.zeros(len(pairs), length, dtype=torch.long)
     mask_BTT = torch.ones(length, length, dtype=torch.bool).tril().repeat(len(pairs), 1, 1)
-    predictions: list[tuple[Tensor, Tensor, Tensor]] = []
+    predictions: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     for row, pair in enumerate(pairs):
         start, second = len(pair.prompt), len(pair.prompt) + len(pair.chosen)
         tokens_BT[row, : pair.total] = torch.tensor(pair.prompt + pair.chosen + pair.rejected)
         positions_BT[row, :second] = torch.arange(second)
         positions_BT[row, second : pair.total] = torch.arange(start, start + len(pair.rejected))
         mask_BTT[row, second:, start:second] = False
-        for side, first, ids in ((row, start, pair.chosen), (row + len(pairs), second, pair.rejected)):
+        sides = (row, start, pair.chosen, pair.rejected), (row + len(pairs), second, pair.rejected, pair.chosen)
+        for side, first, ids, other in sides:
             source = torch.arange(first - 1, first - 1 + len(ids))
             source[:1] = start - 1  # both sides' first token follows the prompt
+            weight = torch.tensor(token_weights(len(ids), len(other), ld_alpha))
             target = torch.tensor(ids, dtype=torch.long)
-            predictions.append((source + row * length, target, torch.full((len(ids),), side)))
-    source_M, target_M, side_M = (torch.cat(column) for column in zip(*predictions, strict=True))
-    return Rows(tokens_BT, positions_BT, mask_BTT[:, None], source_M, target_M, side_M, len(pairs))
+            predictions.append((source + row * length, target, torch.full((len(ids),), side), weight))
+    source_M, target_M, side_M, weight_M = (torch.cat(column) for column in zip(*predictions, strict=True))
+    return Rows(tokens_BT, positions_BT, mask_BTT[:, None], source_M, target_M, side_M, weight_M, len(pairs))
 
 
 def micro_batches(lengths: Sequence[int], token_budget: int) -> Iterator[list[int]]:

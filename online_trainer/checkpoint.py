@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from online_trainer.annotators import Record
 from online_trainer.errors import InvalidCheckpoint
 from online_trainer.ingest import IntakeState
 from online_trainer.lineage import Lineage
@@ -36,6 +38,8 @@ class TrainerState(msgspec.Struct, frozen=True, kw_only=True):
     step: int = 0
     lineage: Lineage
     intake: IntakeState = IntakeState()
+    annotators: tuple[Record, ...] = ()
+    flips: float | None = None  # the estimated share of flipped verdicts
     untold: tuple[str, ...] = ()  # encoded events that the log may not have yet; telling twice does no harm
 
 
@@ -80,6 +84,17 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
         for number, values in state.items()
         for name, value in values.items()
     }
+
+
+def anchor_tensors(anchor: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """The reference's adapter, if it has one of its own, as named tensors: ``anchor.<name>``."""
+    return {f"anchor.{name}": tensor for name, tensor in (anchor or {}).items()}
+
+
+def load_anchor(tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """What ``anchor_tensors`` was given."""
+    found = {n.removeprefix("anchor."): tensor for n, tensor in tensors.items() if n.startswith("anchor.")}
+    return found or None
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:

@@ -47,10 +47,30 @@ class TrainerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     # Topmost decoder layers that are trained; those below run once per pair, without gradients. 0: all.
     layers: int = 10
 
-    # Loss on the implicit rewards, its temperature, and the share of verdicts assumed to be mistakes.
-    objective: Literal["sigmoid", "ipo"] = "sigmoid"
+    # Loss on the implicit rewards (online_trainer/objective.py), its temperature, and the share of verdicts assumed to
+    # be mistakes. Ties are learned from by "rao_kupper" and "davidson" alone.
+    objective: Literal["sigmoid", "robust", "ipo", "simpo", "rao_kupper", "davidson"] = "sigmoid"
     beta: float = 0.1
     label_smoothing: float = 0.05
+    # With "robust": estimate that share on held-out verdicts, from FLIPS_PAIRS of them on (online_trainer/learner.py).
+    estimates_flips: bool = False
+    # SimPO's γ; P(tie) between equals; weight of tokens beyond the other side's length (LD-DPO; 1: all count).
+    simpo_gamma: float = 0.5
+    tie_share: float = 0.5
+    ld_alpha: float = 1.0
+    # What preferences are measured against: the frozen base, an exponential moving average of the policy, or the
+    # version that was promoted last. kl_budget is about the base in any case.
+    reference: Literal["base", "ema", "promoted"] = "base"
+    ema_decay: float = 0.98
+    # Nats added to what is asked of a pair for each point by which chosen is safer than rejected (0 to 1), and who
+    # scores an answer: "module:function", text → float. Without one, 0 for what the output filter stopped, else 1.
+    safety_weight: float = 0.0
+    safety_scorer: str = ""
+    # Measured effects that are taken out of a verdict before it is learned from (online_trainer/bias.py). "length" is
+    # no default: where people like short answers that is their taste.
+    debias: tuple[Literal["position", "length"], ...] = ("position",)
+    # Down-weight people whose verdicts contradict what the others taught (online_trainer/annotators.py).
+    weighs_people: bool = True
     # Weight of the negative log-likelihood of chosen answers, per token: keeps their probability from falling.
     nll_weight: float = 0.0
     learning_rate: float = 2e-3
@@ -66,6 +86,15 @@ class TrainerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     # more before it is published: the release gate would refuse it, and all that it has learned with it. 0: never.
     max_perplexity_ratio: float = 1.3
 
+    # Guards of a version before it is published. When one of its numbers has turned, the weights go back to the version
+    # before, and its verdicts get another chance (online_trainer/evaluate.py, astray): trigrams of probe answers that
+    # repeat, more than the base's; their entropy as a share of the base's; how much less likely, in nats a token,
+    # chosen answers may become; perplexity of a fixed text as a multiple of the base's.
+    max_repetition_gain: float = 0.25
+    min_entropy_ratio: float = 0.35
+    max_chosen_drop: float = 1.0
+    max_capability_ratio: float = 1.3
+
     # A step is taken on this many new verdicts, or on fewer once the oldest has waited flush_s seconds.
     batch_pairs: int = 8
     flush_s: float = 4.0
@@ -80,9 +109,15 @@ class TrainerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     # Share of learning_rate in a step on earlier verdicts alone: it already tells these pairs apart, and a whole
     # step would move mostly at random (DECISIONS.md).
     rehearse_rate: float = 0.25
-    # Verdicts of one user in one step; the others wait for the next (one eager person is not a crowd).
+    # Verdicts of one user, and on one cluster of similar prompts, in one step; the others wait for the next (one eager
+    # person is not a crowd, one question asked a thousand times is not a thousand). 0: no limit.
     max_pairs_per_user: int = 4
-    # Share of prompts (by hash) that are never trained on, and how many of their verdicts judge a version.
+    max_pairs_per_cluster: int = 4
+    # Answers of versions that far behind the weights (in published versions) are weighted by how likely the policy now
+    # is to say them (WPO); verdicts on still older ones only judge, and are never learned from.
+    fresh_versions: int = 20
+    stale_versions: int = 150
+    # Share of prompt clusters that are never trained on, and how many of their verdicts judge a version.
     heldout_ratio: float = 0.1
     heldout_window: int = 24
     # Longer prompts lose their beginning, longer answers their end.

@@ -2,10 +2,13 @@
 
 TrainerError
 ├── InvalidCheckpoint
-└── IncompatibleAdapter
+├── IncompatibleAdapter
+└── UnusableExamples
 """
 
 from __future__ import annotations
+
+from collections.abc import Collection
 
 
 class TrainerError(RuntimeError):
@@ -18,3 +21,11 @@ class InvalidCheckpoint(TrainerError):
 
 class IncompatibleAdapter(TrainerError):
     """The adapter's tensors do not fit this trainer's policy: other rank, layers or targets."""
+
+
+class UnusableExamples(TrainerError):
+    """No step can be taken on these examples; on the others one can."""
+
+    def __init__(self, preference_ids: Collection[str], why: str) -> None:
+        super().__init__(f"no step can be taken on {', '.join(sorted(preference_ids))}: {why}")
+        self.preference_ids = frozenset(preference_ids)

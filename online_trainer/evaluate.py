@@ -7,19 +7,31 @@ M predicted tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from online_trainer.batches import PairTokens, pack, prompt_tokens
+from online_trainer.config import TrainerConfig
 from online_trainer.learner import Example
 from online_trainer.policy import Policy
 from telemetry.events import Message
 from telemetry.text import repetition_ratio
 
 PROBE_TEMPERATURE = 0.7
+BINS = 5
+NOTHING = torch.empty(0)
+CAPABILITY = (
+    "Water boils when its vapour pressure equals the pressure of the air around it. At sea level that happens at one "
+    "hundred degrees Celsius. On a mountain the air is thinner, so water boils earlier and food takes longer to cook. "
+    "In 1679 Denis Papin built a closed pot whose steam could not escape. The pressure in it rose, the water became "
+    "hotter than in an open pot, and bones turned soft within an hour. Twelve pots cost him three months of work; a "
+    "valve with a weight kept them from bursting. If a pot holds two litres and loses a tenth of its water every ten "
+    "minutes, about one litre is left after an hour and five minutes."
+)
 
 
 class Answers(NamedTuple):
@@ -80,6 +92,13 @@ def divergence(policy_MV: Tensor, base_MV: Tensor) -> Divergence:
     said_MV = (policy_MV.float() / PROBE_TEMPERATURE).softmax(-1)
     surprise = -(said_MV * log_q_MV).sum(-1).mean()
     return Divergence(float(kl), float(entropy), float(surprise))
+
+
+class Judged(NamedTuple):
+    """What the policy makes of verdicts."""
+
+    margin_B: Tensor  # β times chosen's log-ratio less rejected's
+    drop_B: Tensor  # by how much chosen became less likely, in nats a token
 
 
 class Drift:
@@ -143,17 +162,82 @@ def base_yardsticks(
 
 
 @torch.no_grad()
-def heldout(policy: Policy, examples: Sequence[Example], micro_batch_pairs: int = 8) -> dict[str, float]:
-    """Reward accuracy on verdicts never trained on; equal rewards, as before the first step, count half."""
+def judged(policy: Policy, examples: Sequence[Example], beta: float, micro_batch_pairs: int = 8) -> Judged:
+    """The policy's margins on verdicts, ties left out."""
+    examples = [example for example in examples if not example.is_tie]
     margins: list[Tensor] = []
+    drops: list[Tensor] = []
     for start in range(0, len(examples), micro_batch_pairs):
         part = [example.encoded for example in examples[start : start + micro_batch_pairs]]
-        own, reference, _ = policy.logps(part)
-        margins.append((own.chosen_B - reference.chosen_B) - (own.rejected_B - reference.rejected_B))
-    if not margins:
-        return {"heldout_pairs": 0.0}
-    wins = (torch.sign(torch.cat(margins)) + 1) / 2
-    return {"heldout_pairs": float(len(examples)), "heldout_win_rate": float(wins.mean())}
+        reference = policy.reference(part)
+        own, lengths, _ = policy.score(part)
+        chosen_B = own.chosen_B - reference.chosen_B
+        margins.append(beta * (chosen_B - (own.rejected_B - reference.rejected_B)))
+        drops.append(-chosen_B / lengths.chosen_B)
+    return Judged(torch.cat(margins).cpu(), torch.cat(drops).cpu()) if margins else Judged(NOTHING, NOTHING)
+
+
+def heldout(found: Judged, name: str = "heldout") -> dict[str, float]:
+    """``<name>_``{pairs, win_rate, loss, calibration_error, chosen_drop} of verdicts; equal rewards count half.
+
+    The calibration error is the mean distance of σ(margin) to the share of verdicts that agree, over BINS bins by
+    σ(margin) with weights (ECE, arXiv 1706.04599). The drop is how much less likely chosen answers became, in nats a
+    token.
+    """
+    count = len(found.margin_B)
+    if not count:
+        return {f"{name}_pairs": 0.0}
+    wins_B = (torch.sign(found.margin_B) + 1) / 2
+    values = {
+        "pairs": float(count),
+        "win_rate": float(wins_B.mean()),
+        "loss": float(-logsigmoid(found.margin_B).mean()),
+        "calibration_error": sum(abs(said - came) * share for said, came, share in calibration(found.margin_B)),
+        "chosen_drop": float(found.drop_B.mean()),
+    }
+    return {f"{name}_{key}": value for key, value in values.items()}
+
+
+def calibration(margin_B: Tensor) -> list[tuple[float, float, float]]:
+    """Of each bin that is not empty: mean probability said, share that came true, share of all pairs.
+
+    Which of the two answers is asked about is arbitrary: each pair counts by the side that the policy prefers.
+    """
+    said_B, is_right_B = torch.sigmoid(margin_B.abs()), (torch.sign(margin_B) + 1) / 2
+    bin_B = ((said_B - 0.5) * 2 * BINS).long().clamp(max=BINS - 1)
+    bins = ((said_B[bin_B == n], is_right_B[bin_B == n]) for n in range(BINS))
+    return [(float(s.mean()), float(r.mean()), len(s) / len(margin_B)) for s, r in bins if len(s)]
+
+
+@torch.no_grad()
+def perplexity(policy: Policy, row: PairTokens) -> float:
+    """Of a fixed text, ``row.chosen`` after ``row.prompt``: whether what no taste is about is still known."""
+    scored = policy.score(policy.encode([row], [(0.0, 0.0)]))
+    return float((-scored.policy.chosen_B / scored.lengths.chosen_B).exp())
+
+
+def capability_text(policy: Policy) -> PairTokens:
+    """CAPABILITY as a row."""
+    tokenizer: Any = policy.tokenizer
+    ids = tokenizer.encode(CAPABILITY, add_special_tokens=False)
+    return PairTokens(tuple(ids[:1]), tuple(ids[1:]), ())
+
+
+def astray(values: Mapping[str, float], config: TrainerConfig) -> str:
+    """Why these weights must not go on, or "": one of their numbers has turned, whatever their win rate is."""
+    repetition, base_repetition = values["probe_repetition"], values["base_probe_repetition"]
+    entropy, base_entropy = values["probe_entropy"], values["base_probe_entropy"]
+    perplexity, base_perplexity = values["capability_perplexity"], values["base_capability_perplexity"]
+    drop = values.get("replay_chosen_drop", 0.0)
+    if repetition > base_repetition + config.max_repetition_gain:
+        return f"answers repeat {repetition:.2f} of their trigrams, the base's {base_repetition:.2f}"
+    if entropy < config.min_entropy_ratio * base_entropy:
+        return f"answers are nearly fixed: {entropy:.2f} nats a token, the base's {base_entropy:.2f}"
+    if drop > config.max_chosen_drop:
+        return f"chosen answers sink with the rejected ones, by {drop:.2f} nats a token"
+    if perplexity > config.max_capability_ratio * base_perplexity:
+        return f"the perplexity of a plain text is {perplexity:.1f}, the base's {base_perplexity:.1f}"
+    return ""
 
 
 def _mean(values: Sequence[float]) -> float:

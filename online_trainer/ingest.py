@@ -7,20 +7,26 @@ goes into the checkpoint, offsets included, so a restarted trainer goes on exact
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from datetime import datetime
 from typing import Literal
 
 import msgspec
 
+from online_trainer.bias import Traits, traits
 from telemetry.event_log import Entry, Offsets
 from telemetry.events import Completion, Message, PersonErased, PreferenceRecorded, PreferenceRetracted, Sealed
 from telemetry.people import Forgotten
 from telemetry.sealing import Sealer, Shape, bare
+from telemetry.text import text_cluster
 
-Reason = Literal["no_preference", "identical", "empty", "unsafe", "held_out", "retracted", "refused", "erased"]
+Reason = Literal[
+    "no_preference", "identical", "empty", "unsafe", "held_out", "retracted", "refused", "erased", "stale", "unusable"
+]
 TEXTS = Shape(("chosen", "rejected"))  # of a verdict
 MAX_TRIES = 2  # a verdict that was in two refused lineages may be what is wrong with them
+EFFECTS_WINDOW = 512  # verdicts that the effects of position and length are measured on
 SEEN_IDS = 5_000  # deduplication reaches back this far; a router's outbox replays seconds, not days
 
 
@@ -38,8 +44,15 @@ class Verdict(msgspec.Struct, frozen=True):
     tries: int = 0  # steps that were taken on it as a new verdict; more than one only where weights were refused
     passes: int = 0  # steps that it took part in since
     labeler: str = ""  # who gave it, if that was not the user
+    is_tie: bool = False  # both sides were found equal
+    position: Literal["a", "b", ""] = ""  # where chosen was shown; "" of a tie
     key_id: str = ""  # that the log has it sealed with; empty: in the clear
     sealed: Sealed | None = None  # as it lies in a checkpoint: prompt and the sides' words, which then are empty
+
+    @property
+    def by(self) -> str:
+        """Whose judgement it is."""
+        return f"labeler {self.labeler}" if self.labeler else self.user
 
 
 class IntakeState(msgspec.Struct, frozen=True):
@@ -49,6 +62,9 @@ class IntakeState(msgspec.Struct, frozen=True):
     pending: tuple[Verdict, ...] = ()  # to be trained on, in the log's order
     replay: tuple[Verdict, ...] = ()  # trained on, oldest first, bounded
     heldout: tuple[Verdict, ...] = ()  # never trained on, oldest first, bounded
+    aged: tuple[Verdict, ...] = ()  # too old to be trained on: they only judge, oldest first, bounded
+    regression: tuple[Verdict, ...] = ()  # trained on, and got right by a version, bounded
+    effects: tuple[Traits, ...] = ()  # of the verdicts that came last
     dropped: tuple[tuple[str, str], ...] = ()  # (preference_id, reason), not yet told
     seen: tuple[str, ...] = ()  # preference ids, oldest first, bounded
 
@@ -70,6 +86,8 @@ def sealed(state: IntakeState, sealer: Sealer) -> IntakeState:
         pending=tuple(map(each, state.pending)),
         replay=tuple(map(each, state.replay)),
         heldout=tuple(map(each, state.heldout)),
+        aged=tuple(map(each, state.aged)),
+        regression=tuple(map(each, state.regression)),
     )
 
 
@@ -91,23 +109,27 @@ def opened(state: IntakeState, sealer: Sealer) -> IntakeState:
         pending=pending,
         replay=tuple(readable(state.replay)),
         heldout=tuple(readable(state.heldout)),
+        aged=tuple(readable(state.aged)),
+        regression=tuple(readable(state.regression)),
         dropped=tuple(dropped),
     )
 
 
-def prompt_digest(prompt: Iterable[Message]) -> bytes:
-    """SHA-256 of a prompt's roles and contents."""
-    return hashlib.sha256(msgspec.json.encode([(m.role, m.content) for m in prompt])).digest()
+def cluster_of(prompt: Sequence[Message]) -> str:
+    """The cluster of similar questions that a prompt belongs to, by its last message of a user."""
+    asked = next((message.content for message in reversed(prompt) if message.role == "user"), "")
+    return text_cluster(asked)
 
 
-def is_held_out(prompt: Iterable[Message], ratio: float) -> bool:
-    """Whether this prompt belongs to the share that is never trained on: the same answer everywhere, for ever."""
-    return int.from_bytes(prompt_digest(prompt)[:8], "big") < ratio * 2**64
+def is_held_out(prompt: Sequence[Message], ratio: float) -> bool:
+    """Whether this prompt's cluster is of the share that is never trained on: the same answer everywhere, for ever."""
+    digest = hashlib.sha256(cluster_of(prompt).encode()).digest()
+    return int.from_bytes(digest[:8], "big") < ratio * 2**64
 
 
-def reason_to_drop(event: PreferenceRecorded, heldout_ratio: float) -> Reason | None:
+def reason_to_drop(event: PreferenceRecorded, heldout_ratio: float, *, learns_ties: bool = False) -> Reason | None:
     """Why no step may use this verdict; None when one may."""
-    if event.outcome != "chosen_rejected":
+    if event.outcome != "chosen_rejected" and not (learns_ties and event.outcome == "tie"):
         return "no_preference"
     if event.chosen.text == event.rejected.text:
         return "identical"
@@ -118,18 +140,30 @@ def reason_to_drop(event: PreferenceRecorded, heldout_ratio: float) -> Reason | 
     return "held_out" if is_held_out(event.prompt, heldout_ratio) else None
 
 
-def capped(verdicts: Iterable[Verdict], size: int, per_user: int) -> list[Verdict]:
-    """The first ``size`` verdicts, at most ``per_user`` of one user."""
-    taken: list[Verdict] = []
-    counts: dict[str, int] = {}
-    for verdict in verdicts:
-        if len(taken) == size:
-            break
-        by = f"labeler {verdict.labeler}" if verdict.labeler else verdict.user
-        if counts.get(by, 0) < per_user:
-            counts[by] = counts.get(by, 0) + 1
-            taken.append(verdict)
-    return taken
+class Caps(msgspec.Struct, frozen=True):
+    """How many verdicts one step takes at most, and how many of them of one person or cluster of prompts (0: any)."""
+
+    size: int
+    per_user: int = 0
+    per_cluster: int = 0
+
+    def of(self, verdicts: Iterable[Verdict]) -> list[Verdict]:
+        """The first of ``verdicts`` that fit."""
+        taken: list[Verdict] = []
+        people, clusters = Counter[str](), Counter[str]()
+        for verdict in verdicts:
+            if len(taken) == self.size:
+                break
+            cluster = cluster_of(verdict.prompt)
+            if _has_room(people[verdict.by], self.per_user) and _has_room(clusters[cluster], self.per_cluster):
+                people[verdict.by] += 1
+                clusters[cluster] += 1
+                taken.append(verdict)
+        return taken
+
+
+def _has_room(count: int, most: int) -> bool:
+    return not most or count < most
 
 
 class Intake:
@@ -143,14 +177,14 @@ class Intake:
         heldout_ratio: float,
         heldout_window: int,
         replay_window: int,
-        max_pairs_per_user: int,
+        learns_ties: bool = False,
     ) -> None:
-        self._policy, self._heldout_ratio = policy, heldout_ratio
+        self._policy, self._heldout_ratio, self._learns_ties = policy, heldout_ratio, learns_ties
         self._heldout_window, self._replay_window = heldout_window, replay_window
-        self._max_pairs_per_user = max_pairs_per_user
         self.offsets: Offsets = {topic: dict(partitions) for topic, partitions in state.offsets.items()}
         self.pending, self.replay = list(state.pending), list(state.replay)
         self.heldout, self.dropped = list(state.heldout), list(state.dropped)
+        self.aged, self.regression, self.effects = list(state.aged), list(state.regression), list(state.effects)
         self._seen = dict.fromkeys(state.seen)
 
     def state(self) -> IntakeState:
@@ -160,6 +194,9 @@ class Intake:
             pending=tuple(self.pending),
             replay=tuple(self.replay),
             heldout=tuple(self.heldout),
+            aged=tuple(self.aged),
+            regression=tuple(self.regression),
+            effects=tuple(self.effects),
             dropped=tuple(self.dropped),
             seen=tuple(self._seen),
         )
@@ -177,7 +214,10 @@ class Intake:
         if (self._policy and event.policy != self._policy) or event.event_id in self._seen:
             return
         self._see(event.event_id)
-        reason = reason_to_drop(event, self._heldout_ratio)
+        reason = reason_to_drop(event, self._heldout_ratio, learns_ties=self._learns_ties)
+        if reason in (None, "held_out") and event.outcome == "chosen_rejected":
+            shown = traits(event.chosen_position, event.chosen.text, event.rejected.text)
+            self.effects = [*self.effects, shown][-EFFECTS_WINDOW:]
         if reason is None:
             self.pending.append(_verdict(event, key_id=key_id))
             return
@@ -198,7 +238,7 @@ class Intake:
             return verdict.user == event.user and verdict.occurred_at <= event.occurred_at
 
         self.dropped += [(verdict.preference_id, "erased") for verdict in self.pending if is_theirs(verdict)]
-        for verdicts in (self.pending, self.replay, self.heldout):
+        for verdicts in self._every_list():
             verdicts[:] = [verdict for verdict in verdicts if not is_theirs(verdict)]
 
     def retract(self, event: PreferenceRetracted) -> None:
@@ -209,17 +249,40 @@ class Intake:
         self._see(event.preference_id)
         waiting = [verdict for verdict in self.pending if verdict.preference_id == event.preference_id]
         self.dropped += [(verdict.preference_id, "retracted") for verdict in waiting]
-        for verdicts in (self.pending, self.replay, self.heldout):
+        for verdicts in self._every_list():
             verdicts[:] = [v for v in verdicts if v.preference_id != event.preference_id]
+
+    def _every_list(self) -> tuple[list[Verdict], ...]:
+        return self.pending, self.replay, self.heldout, self.aged, self.regression
+
+    def age(self, is_stale: Callable[[Verdict], bool]) -> None:
+        """Waiting verdicts on answers that are too old only judge from now on."""
+        stale = [verdict for verdict in self.pending if is_stale(verdict)]
+        if stale:
+            self.pending = [verdict for verdict in self.pending if not is_stale(verdict)]
+            self.dropped += [(verdict.preference_id, "stale") for verdict in stale]
+            self.aged = [*self.aged, *stale][-self._heldout_window :]
+
+    def quarantine(self, preference_ids: Collection[str]) -> None:
+        """No step can be taken on these: they are dropped, with a reason, and the others go on."""
+        self.dropped += [(v.preference_id, "unusable") for v in self.pending if v.preference_id in preference_ids]
+        for verdicts in self._every_list():
+            verdicts[:] = [verdict for verdict in verdicts if verdict.preference_id not in preference_ids]
+
+    def got_right(self, verdicts: Iterable[Verdict]) -> None:
+        """A version got these right: later ones are asked again. Of what is too much a random part stays."""
+        known = {verdict.preference_id: verdict for verdict in (*self.regression, *verdicts)}
+        kept = sorted(known.values(), key=lambda verdict: hashlib.sha256(verdict.preference_id.encode()).digest())
+        self.regression = kept[: self._heldout_window]
 
     def _see(self, preference_id: str) -> None:
         self._seen[preference_id] = None
         if len(self._seen) > SEEN_IDS:
             del self._seen[next(iter(self._seen))]
 
-    def next_batch(self, size: int) -> list[Verdict]:
-        """Up to ``size`` waiting verdicts in the log's order, at most so many of one user. They stay waiting."""
-        return capped(self.pending, size, self._max_pairs_per_user)
+    def next_batch(self, caps: Caps) -> list[Verdict]:
+        """Waiting verdicts in the log's order, as many as fit. They stay waiting."""
+        return caps.of(self.pending)
 
     def replayable(self, max_passes: int) -> list[Verdict]:
         """Verdicts trained on that may take part in a further step, oldest first."""
@@ -231,7 +294,7 @@ class Intake:
 
     def usable_ids(self) -> set[str]:
         """The verdicts that a later step or evaluation may still use."""
-        return {verdict.preference_id for verdict in (*self.pending, *self.replay, *self.heldout)}
+        return {verdict.preference_id for verdicts in self._every_list() for verdict in verdicts}
 
     def trained(self, batch: Iterable[Verdict], replayed: Iterable[Verdict] = ()) -> None:
         """A step was taken on new verdicts, which wait no longer and may be replayed, and on earlier ones."""
@@ -269,5 +332,7 @@ def _verdict(event: PreferenceRecorded, *, key_id: str) -> Verdict:
         rejected=event.rejected,
         trace=(event.trace_id, event.span_id),
         labeler=event.labeler,
+        is_tie=event.outcome == "tie",
+        position=event.chosen_position,
         key_id=key_id,
     )

@@ -10,16 +10,19 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, NoReturn, TypeVar
 
 import torch
+from torch import Tensor
 
 from online_trainer.batches import micro_batches
 from online_trainer.config import TrainerConfig
-from online_trainer.objective import preference_loss, reward_metrics
+from online_trainer.errors import UnusableExamples
+from online_trainer.objective import flip_rate, on_policy_weights, preference_loss, reward_metrics
 from online_trainer.policy import Encoded, Policy
 
 T = TypeVar("T")
+FLIPS_PAIRS = 24  # held-out verdicts, at least, to estimate the share of flipped ones on
 SHRINKINGS = 3  # tries to get back into the budget; the square law is exact only for small adapters
 SLACK = 1.02  # of the budget, before anything is shrunk
 EDGE = 0.9  # of the budget, from where on it counts as used up: a correction that is trusted is right within a tenth
@@ -27,10 +30,22 @@ TRUSTED_FACTOR = 0.8  # a smaller correction than this follows the law closely e
 
 
 class Example(NamedTuple):
-    """An encoded pair and whose verdict it is."""
+    """An encoded pair, whose verdict it is, and how it counts."""
 
     preference_id: str
     encoded: Encoded
+    is_tie: bool = False
+    safety_gap: float = 0.0  # by how much chosen is safer than rejected
+    weight: float = 1.0
+    offset: float = 0.0  # see objective.preference_loss
+    is_stale: bool = False  # the answers are of a version that is far behind the weights
+
+
+class Lesson(NamedTuple):
+    """What a step has shown."""
+
+    metrics: dict[str, float]  # means, by TRL's names
+    agreement: dict[str, float]  # preference id → how probable the policy found the verdict before the step
 
 
 class Learner:
@@ -41,6 +56,7 @@ class Learner:
         self._config, self._kl_per_token = config, kl_per_token
         self.optimizer = self._new_optimizer()
         self._kl: float | None = None  # of the weights as they are; None where that was not measured
+        self.flips = config.label_smoothing  # the share of verdicts taken for mistakes
 
     def _new_optimizer(self) -> torch.optim.AdamW:
         config = self._config
@@ -67,45 +83,90 @@ class Learner:
         self._kl = self._kl_per_token() if self._kl is None else self._kl
         return self._kl >= EDGE * self._config.kl_budget
 
+    def estimate_flips(self, examples: Sequence[Example]) -> None:
+        """Take the share of flipped verdicts from ``examples`` that were never trained on, where there are enough."""
+        config, wins = self._config, [example.encoded for example in examples if not example.is_tie]
+        if config.objective != "robust" or not config.estimates_flips or len(wins) < FLIPS_PAIRS:
+            return
+        with torch.no_grad():
+            reference, policy = self.policy.reference(wins), self.policy.score(wins).policy
+        margin_B = (policy.chosen_B - reference.chosen_B) - (policy.rejected_B - reference.rejected_B)
+        self.flips = flip_rate(config.beta * margin_B)
+
     def shuffled(self, earlier: Sequence[T]) -> list[T]:
         """Earlier verdicts in this step's own random order; the same one after a restart."""
         return random.Random(f"{self._config.seed}/{self.step}").sample(list(earlier), len(earlier))
 
-    def learn(self, examples: Sequence[Example], *, is_rehearsal: bool = False) -> dict[str, float]:
-        """Take one optimizer step on ``examples``, a smaller one where none of them is new; TRL's metric names."""
-        metrics = self._accumulate([example.encoded for example in examples])
+    def learn(self, examples: Sequence[Example], *, is_rehearsal: bool = False) -> Lesson:
+        """Take one optimizer step on ``examples``, a smaller one where none of them is new.
+
+        Raises UnusableExamples where a loss or gradient is no number; then nothing was changed.
+        """
+        lesson = self._accumulate(examples)
         norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self._config.max_grad_norm)
+        if not torch.isfinite(norm):
+            self._give_up(examples)
         rate = self._config.learning_rate * min(1.0, (self.step + 1) / max(1, self._config.warmup_steps))
         rate *= self._config.rehearse_rate if is_rehearsal else 1.0
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if self._config.reference == "ema":
+            self.policy.anchor_follows(self._config.ema_decay)
         self.step += 1
         kl, shrunk = self._stay_near()
-        return {**metrics, "grad_norm": float(norm), "learning_rate": rate, "kl": kl, "shrink_ratio": shrunk}
+        now = {"grad_norm": float(norm), "learning_rate": rate, "kl": kl, "shrink_ratio": shrunk}
+        return Lesson(lesson.metrics | now | {"flip_rate": self.flips}, lesson.agreement)
 
-    def _accumulate(self, pairs: list[Encoded]) -> dict[str, float]:
-        """Gradients of the mean loss over ``pairs``, micro-batch by micro-batch; mean metrics."""
+    def _give_up(self, examples: Sequence[Example]) -> NoReturn:
+        """Find out whose gradient is no number, and leave no trace of it."""
+        unusable: set[str] = set()
+        for example in examples:
+            self.optimizer.zero_grad(set_to_none=True)
+            self._accumulate([example])
+            norm = torch.nn.utils.get_total_norm([p.grad for p in self.policy.parameters() if p.grad is not None])
+            if not torch.isfinite(norm):
+                unusable.add(example.preference_id)
+        self.optimizer.zero_grad(set_to_none=True)
+        raise UnusableExamples(unusable or {e.preference_id for e in examples}, "its gradient is no number")
+
+    def _accumulate(self, examples: Sequence[Example]) -> Lesson:
+        """Gradients of the mean loss over ``examples``, micro-batch by micro-batch."""
         totals: dict[str, float] = {}
-        lengths = [pair.tokens.total for pair in pairs]
+        agreement: dict[str, float] = {}
+        lengths = [example.encoded.tokens.total for example in examples]
         for group in micro_batches(lengths, self._config.micro_batch_tokens):
-            for name, value in self._backward([pairs[i] for i in group], len(pairs)).items():
-                totals[name] = totals.get(name, 0.0) + value / len(pairs)
-        return totals
+            part = [examples[index] for index in group]
+            values = self._backward(part, len(examples))
+            for name, values_B in values.items():
+                totals[name] = totals.get(name, 0.0) + float(values_B.sum()) / len(examples)
+            for example, margin in zip(part, values["rewards/margins"].tolist(), strict=True):
+                if not example.is_tie:
+                    agreement[example.preference_id] = 1 / (1 + math.exp(-margin))
+        return Lesson(totals, agreement)
 
-    def _backward(self, part: list[Encoded], count: int) -> dict[str, float]:
+    def _backward(self, part: Sequence[Example], count: int) -> dict[str, Tensor]:
         config = self._config
-        policy, reference, lengths = self.policy.logps(part)
+        pairs = [example.encoded for example in part]
+        reference = self.policy.reference(pairs)  # first: it may exchange the weights for a moment
+        policy, lengths, alignment = self.policy.score(pairs)
+        place = lengths.chosen_B
         loss_B = preference_loss(
             policy, reference, lengths,
-            objective=config.objective, beta=config.beta, label_smoothing=config.label_smoothing,
+            objective=config.objective, beta=config.beta, label_smoothing=self.flips,
+            target_margin=config.simpo_gamma, tie_share=config.tie_share,
+            is_tie_B=torch.tensor([example.is_tie for example in part], device=place.device),
+            offset_B=place.new_tensor([example.offset for example in part]),
         )  # fmt: skip
         loss_B = loss_B - config.nll_weight * policy.chosen_B / lengths.chosen_B
-        (loss_B.sum() / count).backward()  # type: ignore[no-untyped-call]
+        weight_B = place.new_tensor([example.weight for example in part])
+        is_stale_B = torch.tensor([example.is_stale for example in part], device=place.device)
+        weight_B = torch.where(is_stale_B, weight_B * on_policy_weights(alignment), weight_B)
+        ((loss_B * weight_B).sum() / count).backward()  # type: ignore[no-untyped-call]
         with torch.no_grad():
-            values = {"loss": loss_B} | reward_metrics(policy, reference, config.beta)
-            return {name: float(value_B.sum()) for name, value_B in values.items()}
+            values = {"loss": loss_B, "weight": weight_B} | reward_metrics(policy, reference, config.beta)
+            return {name: values_B.detach() for name, values_B in values.items()}
 
     def _stay_near(self) -> tuple[float, float]:
         """Shrink the adapter until its KL is within the budget: (KL now, factor applied)."""

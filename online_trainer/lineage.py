@@ -6,13 +6,14 @@ a sound one, and what was learned only after it is lost with them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import datetime
 
 import msgspec
 
 from online_trainer.ingest import Verdict
 
+BASE_SEQUENCE = "v000000-"
 MAX_ANCESTORS = 200  # versions that a fall-back can go back over
 
 
@@ -36,6 +37,13 @@ class Lineage(msgspec.Struct, frozen=True):
     def descends_from(self, version: str) -> bool:
         """Whether the present weights come from a published ``version``."""
         return any(taught.version == version for taught in self.ancestors)
+
+    def distance(self, versions: Collection[str]) -> int:
+        """How many of our versions came after the newest of ``versions``: after the base all, after strangers' none."""
+        names = [taught.version for taught in self.ancestors]
+        places = [names.index(version) + 1 for version in versions if version in names]
+        is_of_base = all(version.startswith(BASE_SEQUENCE) for version in versions)
+        return len(names) - max(places) if places else len(names) * is_of_base
 
     def before(self, version: str) -> str:
         """The published ancestor that ``version`` was trained from; "" where there is none of ours."""

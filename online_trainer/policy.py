@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, linear, pad
+from torch.nn.functional import linear, pad
 
 from online_trainer.batches import PairTokens, Rows, Tokenizer, pack
 from online_trainer.errors import IncompatibleAdapter
+from online_trainer.head import token_logps
 from online_trainer.objective import PairLogps
 
 
@@ -55,6 +56,14 @@ class Encoded(NamedTuple):
     reference_rejected: float
 
 
+class Scored(NamedTuple):
+    """What losses are made of, for B pairs."""
+
+    policy: PairLogps  # sums of log-probs; carry gradients
+    lengths: PairLogps  # tokens
+    alignment: PairLogps  # see objective.on_policy_weights
+
+
 class Policy:
     """A causal language model with adapters on its topmost layers."""
 
@@ -68,15 +77,17 @@ class Policy:
         layers: int,
         targets: Sequence[str],
         seed: int,
+        ld_alpha: float = 1.0,
     ) -> None:
         self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
-        self.rank, self.alpha, self.targets = rank, alpha, tuple(targets)
+        self.rank, self.alpha, self.targets, self.ld_alpha = rank, alpha, tuple(targets), ld_alpha
         self._decoder: Any = model.get_decoder()  # type: ignore[operator]
         self._head: Any = model.get_output_embeddings()  # type: ignore[operator]
         self._layers: nn.ModuleList = self._decoder.layers
         self._first = max(0, len(self._layers) - (layers or len(self._layers)))
         self._switch, self._seed = Switch(), seed
         self.adapters = self._attach()
+        self._anchor: dict[str, Tensor] | None = None  # the reference's adapter; None: the base itself
         self.reset()
 
     @property
@@ -135,6 +146,33 @@ class Policy:
                 adapter.lora_A.copy_(tensors[f"{name}.lora_A.weight"])
                 adapter.lora_B.copy_(tensors[f"{name}.lora_B.weight"])
 
+    @property
+    def anchor(self) -> dict[str, Tensor] | None:
+        """The adapter that preferences are measured against; None where that is the base itself."""
+        return self._anchor
+
+    def anchor_at(self, tensors: Mapping[str, Tensor] | None) -> None:
+        """Measure preferences against this adapter from now on, or against the base."""
+        self._anchor = None if tensors is None else {name: tensor.clone() for name, tensor in tensors.items()}
+
+    def anchor_follows(self, decay: float) -> None:
+        """Move the anchor by 1 − ``decay`` of the way to the weights as they are: their exponential moving average."""
+        own = self.tensors()
+        before = self._anchor or {n: torch.zeros_like(t) if "lora_B" in n else t for n, t in own.items()}
+        self._anchor = {name: before[name].lerp(tensor, 1 - decay) for name, tensor in own.items()}
+
+    @torch.no_grad()
+    def reference(self, pairs: Sequence[Encoded]) -> PairLogps:
+        """The reference's log-probs of encoded ``pairs``: they came with them, or are computed where it moves."""
+        if self._anchor is None:
+            return PairLogps(*_columns((p.reference_chosen, p.reference_rejected) for p in pairs).to(self.device))
+        own = {name: tensor.clone() for name, tensor in self.tensors().items()}
+        self.load(self._anchor)
+        try:
+            return self.score(pairs).policy
+        finally:
+            self.load(own)
+
     @contextmanager
     def as_reference(self) -> Iterator[None]:
         """Inside, the model is the base."""
@@ -168,10 +206,23 @@ class Policy:
 
     def upper(self, rows: Rows, hidden_BTD: Tensor) -> Tensor:
         """Logits of the predicted tokens, from ``lower``'s result: M, V."""
+        logits_MV: Tensor = self._head(self._last(rows, hidden_BTD))
+        return logits_MV
+
+    def _last(self, rows: Rows, hidden_BTD: Tensor) -> Tensor:
+        """What goes into the output layer where a token is predicted, from ``lower``'s result: M, D."""
         with self._only(slice(self._first, None), has_norm=True):
             out_BTD = self._decode(rows, inputs_embeds=hidden_BTD)
-        logits_MV: Tensor = self._head(out_BTD.flatten(0, 1)[rows.source_M])
-        return logits_MV
+        return out_BTD.flatten(0, 1)[rows.source_M]
+
+    def _score(self, rows: Rows, hidden_BTD: Tensor) -> tuple[PairLogps, PairLogps]:
+        """Of each side the (weighted) sum of its tokens' log-probs, and its alignment, from ``lower``'s result."""
+        logps_M, sharpness_M = token_logps(self._head, self._last(rows, hidden_BTD), rows.target_M)
+        sums = _by_side(rows, logps_M * rows.weight_M)
+        with torch.no_grad():
+            aligned, counts = _by_side(rows, logps_M - sharpness_M), _by_side(rows, torch.ones_like(logps_M))
+        means = (total_B / count_B.clamp(min=1) for total_B, count_B in zip(aligned, counts, strict=True))
+        return sums, PairLogps(*means)
 
     def encode(
         self, pairs: Sequence[PairTokens], references: Sequence[tuple[float, float]] | None = None
@@ -180,34 +231,32 @@ class Policy:
 
         ``references``: the sums of the reference's log-probs over each pair's chosen and rejected tokens.
         """
-        rows = pack(pairs).to(self.device)
+        rows = pack(pairs, self.ld_alpha).to(self.device)
         hidden_BTD = self.lower(rows)
         if references is None:
             with torch.no_grad(), self.as_reference():
-                chosen_B, rejected_B = pair_logps(rows, self.upper(rows, hidden_BTD))
+                (chosen_B, rejected_B), _ = self._score(rows, hidden_BTD)
             references = list(zip(chosen_B.tolist(), rejected_B.tolist(), strict=True))
         columns = zip(pairs, hidden_BTD, references, strict=True)
         return [Encoded(pair, hidden_TD[: pair.total].clone(), *reference) for pair, hidden_TD, reference in columns]
 
-    def logps(self, pairs: Sequence[Encoded]) -> tuple[PairLogps, PairLogps, PairLogps]:
-        """(policy's, reference's, lengths) of encoded ``pairs``; the policy's carry gradients."""
-        rows = pack([pair.tokens for pair in pairs]).to(self.device)
+    def score(self, pairs: Sequence[Encoded]) -> Scored:
+        """Encoded ``pairs`` under the policy as it is now."""
+        rows = pack([pair.tokens for pair in pairs], self.ld_alpha).to(self.device)
         width = rows.tokens_BT.shape[1]
         hidden_BTD = torch.stack([pad(p.hidden_TD, (0, 0, 0, width - p.tokens.total)) for p in pairs])
-        policy = pair_logps(rows, self.upper(rows, hidden_BTD))
-        reference = _columns((p.reference_chosen, p.reference_rejected) for p in pairs)
+        policy, alignment = self._score(rows, hidden_BTD)
         lengths = _columns((float(len(p.tokens.chosen)), float(len(p.tokens.rejected))) for p in pairs)
-        return policy, PairLogps(*reference.to(self.device)), PairLogps(*lengths.to(self.device))
+        return Scored(policy, PairLogps(*lengths.to(self.device)), alignment)
 
 
 def _columns(values: Iterator[tuple[float, float]]) -> Tensor:
     return torch.tensor(list(values)).T
 
 
-def pair_logps(rows: Rows, logits_MV: Tensor) -> PairLogps:
-    """Sums of the predicted tokens' log-probs over each side of each pair, in fp32."""
-    token_logps_M = -cross_entropy(logits_MV.float(), rows.target_M, reduction="none")
-    sums_N = token_logps_M.new_zeros(2 * rows.pairs).index_add(0, rows.side_M, token_logps_M)
+def _by_side(rows: Rows, values_M: Tensor) -> PairLogps:
+    """Sums of ``values_M`` over each side of each pair."""
+    sums_N = values_M.new_zeros(2 * rows.pairs).index_add(0, rows.side_M, values_M)
     return PairLogps(sums_N[: rows.pairs], sums_N[rows.pairs :])
 
 

@@ -13,17 +13,20 @@ from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
 
-import msgspec
 from torch import Tensor
 
 from online_trainer import checkpoint, evaluate
+from online_trainer.annotators import Annotators
+from online_trainer.bias import measured, traits
 from online_trainer.checkpoint import TrainerState
 from online_trainer.config import TrainerConfig
-from online_trainer.errors import IncompatibleAdapter, InvalidCheckpoint
+from online_trainer.errors import IncompatibleAdapter, InvalidCheckpoint, UnusableExamples
+from online_trainer.evaluate import Judged
 from online_trainer.examples import Examples
-from online_trainer.ingest import Intake, IntakeState, Verdict, capped, opened, sealed
-from online_trainer.learner import Learner
+from online_trainer.ingest import Caps, Intake, IntakeState, Verdict, opened, sealed
+from online_trainer.learner import Example, Learner
 from online_trainer.lineage import Lineage
+from online_trainer.objective import KNOW_TIES
 from online_trainer.policy import Policy
 from online_trainer.publish import Draft, VersionStore, derived_id
 from telemetry import metrics, tracing
@@ -82,6 +85,8 @@ class Trainer:
         drift, self._base_metrics = evaluate.base_yardsticks(
             policy, self._prompts, tokens=config.probe_tokens, seed=config.seed
         )
+        with policy.as_reference():
+            self._base_metrics["base_capability_perplexity"] = self._capability()
         self._learner = Learner(policy, config, drift.kl_per_token)
         self._published_at: datetime | None = None
         self._learned_at = now()  # the last step on new verdicts
@@ -90,6 +95,8 @@ class Trainer:
         found = checkpoint.load_newest(folder)
         self._number, state, tensors = found or (0, self._fresh(), {})
         self._intake = _intake(config, opened(state.intake, sealer))
+        self._annotators = Annotators(state.annotators)
+        self._learner.flips = config.label_smoothing if state.flips is None else state.flips
         self._lineage, self._untold, self._learner.step = state.lineage, list(state.untold), state.step
         if found:
             self._resume(state, tensors)
@@ -121,7 +128,14 @@ class Trainer:
         for entry in entries:
             self._take(entry)
         metrics.TRAINER_LAG.set(reader.lag())
-        is_caught_up = len(entries) < POLL_ENTRIES
+        try:
+            self._act(is_caught_up=len(entries) < POLL_ENTRIES)
+        except UnusableExamples as error:
+            log.warning("%s", error, extra={"action": "examples_quarantined"})
+            self._intake.quarantine(error.preference_ids)
+            self._report_drops()
+
+    def _act(self, *, is_caught_up: bool) -> None:
         if batch := self._due_batch(is_caught_up=is_caught_up):
             self._train(batch, self._beside(batch))
         elif self._is_due(self._oldest_drop_at, self._config.flush_s):
@@ -134,7 +148,6 @@ class Trainer:
     # ---- what comes in ----------------------------------------------------------------------------------------
 
     def _take(self, entry: Entry) -> None:
-        dropped = len(self._intake.dropped)
         try:
             event = decode_from(entry.position.topic, entry.payload)
         except InvalidEvent:  # the recorder keeps it in the dead-letter topic
@@ -142,7 +155,11 @@ class Trainer:
         else:
             self._handle(event)
         self._intake.passed(entry)
-        if len(self._intake.dropped) > dropped and self._oldest_drop_at is None:
+        self._drops_wait()
+
+    def _drops_wait(self) -> None:
+        """Since when there is something to tell."""
+        if self._intake.dropped and self._oldest_drop_at is None:
             self._oldest_drop_at = self._now()
 
     def _handle(self, event: AnyEvent) -> None:
@@ -155,6 +172,7 @@ class Trainer:
                     self._intake.unreadable(event)
             case PersonErased():
                 self._intake.erase(event)
+                self._annotators.forget(event.user)
                 self._examples.keep(self._intake.usable_ids())
             case PreferenceRetracted():
                 self._intake.retract(event)
@@ -164,6 +182,8 @@ class Trainer:
             case ReleaseChanged() if event.variant == self._config.variant and event.state == "canary":
                 if self._lineage.descends_from(event.version):
                     self._lineage = self._lineage.accepted()
+            case ReleaseChanged() if event.variant == self._config.variant and event.state == "stable":
+                self._anchor_at(event.version)
 
     def _sound(self, refused: ReleaseChanged) -> str:
         """The version to go back to.
@@ -176,7 +196,9 @@ class Trainer:
 
     def _due_batch(self, *, is_caught_up: bool) -> list[Verdict]:
         """The next step's new verdicts: a full batch, or what there is once the oldest has waited long enough."""
-        batch = self._intake.next_batch(self._config.batch_pairs)
+        self._intake.age(lambda verdict: self._distance(verdict) > self._config.stale_versions)
+        self._drops_wait()
+        batch = self._intake.next_batch(self._caps(self._config.batch_pairs))
         is_full = len(batch) == self._config.batch_pairs
         has_waited = is_caught_up and self._is_due(self._intake.waits_since(), self._config.flush_s)
         return batch if is_full or (batch and has_waited) else []
@@ -201,7 +223,15 @@ class Trainer:
         """Those first that have been seen least; of one user no more than in any step."""
         config = self._config
         shuffled = self._learner.shuffled(self._intake.replayable(config.max_passes))
-        return capped(sorted(shuffled, key=lambda verdict: verdict.passes), count, config.max_pairs_per_user)
+        return self._caps(count).of(sorted(shuffled, key=lambda verdict: verdict.passes))
+
+    def _caps(self, size: int) -> Caps:
+        return Caps(size, self._config.max_pairs_per_user, self._config.max_pairs_per_cluster)
+
+    def _distance(self, verdict: Verdict) -> int:
+        """How many versions the weights are ahead of the newer of its two answers."""
+        sides = [side.version for side in (verdict.chosen, verdict.rejected) if side.variant == self._config.variant]
+        return self._lineage.distance(sides) if sides else 0
 
     def _is_due(self, since: datetime | None, after_s: float) -> bool:
         """Whether ``after_s`` have passed; also where a clock was set back, or is behind another, by more."""
@@ -210,11 +240,14 @@ class Trainer:
     # ---- a step -----------------------------------------------------------------------------------------------
 
     def _train(self, batch: list[Verdict], replayed: list[Verdict]) -> None:
-        """One step on the new verdicts ``batch`` and earlier ones."""
+        """One step on the new verdicts ``batch`` and earlier ones. Raises UnusableExamples, and then none was taken."""
         with tracing.span("train step", linked=[verdict.trace for verdict in batch]) as span:
             trace_id, span_id = tracing.ids(span)
-            values = self._learner.learn(self._examples.of([*batch, *replayed]), is_rehearsal=not batch)
+            values, agreement = self._learner.learn(self._counting([*batch, *replayed]), is_rehearsal=not batch)
         reach("trainer.stepped")
+        for verdict in batch:
+            if verdict.preference_id in agreement:
+                self._annotators.saw(verdict.by, agreement[verdict.preference_id])
         for verdict in batch:
             if verdict.trace[0]:  # a mark in the verdict's own trace, so that one trace leads from click to version
                 tracing.record("trained", within=tracing.parent(*verdict.trace), linked=[(trace_id, span_id)])
@@ -237,6 +270,19 @@ class Trainer:
         )
         self._commit([event])
         self._count(batch, values)
+
+    def _counting(self, verdicts: Sequence[Verdict]) -> list[Example]:
+        """The examples of ``verdicts``, with what is known of their givers, positions and age by now."""
+        config, effects = self._config, measured(self._intake.effects)
+        examples: list[Example] = []
+        for verdict, example in zip(verdicts, self._examples.of(verdicts), strict=True):
+            shown = traits(verdict.position, verdict.chosen.text, verdict.rejected.text)
+            explained = 0.0 if verdict.is_tie else effects.of(shown, config.debias)
+            weight = self._annotators.weight(verdict.by) if config.weighs_people else 1.0
+            is_stale = self._distance(verdict) > config.fresh_versions
+            offset = config.safety_weight * example.safety_gap - explained
+            examples.append(example._replace(weight=weight, offset=offset, is_stale=is_stale))
+        return examples
 
     def _report_drops(self) -> None:
         dropped = self._drops()
@@ -276,13 +322,20 @@ class Trainer:
     # ---- a version --------------------------------------------------------------------------------------------
 
     def _publish(self) -> None:
-        """Evaluate, write into the store, record in a checkpoint, tell: in this order."""
+        """Evaluate, write into the store, record in a checkpoint, tell: in this order. Or go back, as a guard says."""
+        values = self._evaluation()
+        if why := evaluate.astray(values, self._config):
+            log.warning("not published: %s", why, extra={"action": "went_astray", "step": self._learner.step})
+            metrics.WENT_ASTRAY.labels(self._config.variant).inc()
+            self._fall_back(self._lineage.parent)
+            self._commit([])
+            return
         draft = Draft(
             parent=self._lineage.parent,
             base_digest=self._base_digest,
             step=self._learner.step,
             preference_ids=self._lineage.preference_ids,
-            metrics=self._evaluation(),
+            metrics=values,
             created_at=self._now(),
         )
         version, manifest = self._store.write(draft, self._policy.tensors())
@@ -309,8 +362,32 @@ class Trainer:
             log.info("too far from the base", extra={"action": "stepped_back", **own})
             self._learner.step_back(STEP_BACK)
             own = self._probe()
-        heldout = evaluate.heldout(self._policy, self._examples.of(self._intake.heldout))
-        return {**self._base_metrics, **own, **heldout}
+        values = {**self._base_metrics, **own, "capability_perplexity": self._capability()}
+        for name in ("heldout", "aged", "regression"):
+            values |= evaluate.heldout(self._judged(getattr(self._intake, name)), name)
+        seen = self._judged(self._intake.replay)
+        values |= evaluate.heldout(seen, "replay")
+        right = [
+            v for v, margin in zip(_with_sides(self._intake.replay), seen.margin_B.tolist(), strict=True) if margin > 0
+        ]
+        self._intake.got_right(right)
+        self._learner.estimate_flips(self._examples.of(self._intake.heldout))
+        return values | {"flip_rate": self._learner.flips}
+
+    def _judged(self, verdicts: Sequence[Verdict]) -> Judged:
+        return evaluate.judged(self._policy, self._examples.of(_with_sides(verdicts)), self._config.beta)
+
+    def _capability(self) -> float:
+        return evaluate.perplexity(self._policy, evaluate.capability_text(self._policy))
+
+    def _anchor_at(self, version: str) -> None:
+        """Users' stable version changed: where preferences are measured against that, take it over."""
+        if self._config.reference != "promoted":
+            return
+        try:
+            self._policy.anchor_at(self._store.read(version))
+        except (FileNotFoundError, UntrustedVersion):  # the base, or not ours
+            self._policy.anchor_at(None)
 
     def _probe(self) -> dict[str, float]:
         config = self._config
@@ -327,6 +404,7 @@ class Trainer:
             sound = base_version(self._base_digest)
         self._lineage, lost = self._lineage.fallen_back(sound)
         self._intake.unlearned(lost)
+        self._drops_wait()
         self._learner.weights_replaced()
         log.info("fell back", extra={"action": "weights_reset", "version": sound})
 
@@ -337,6 +415,7 @@ class Trainer:
         self._untold += [encode(event).decode() for event in events]
         self._number += 1
         tensors = self._policy.tensors() | checkpoint.optimizer_tensors(self._learner.optimizer)
+        tensors |= checkpoint.anchor_tensors(self._policy.anchor)
         checkpoint.save(self._folder, self._number, self._state(), tensors, self._config.keep_checkpoints)
         reach("trainer.checkpointed")
         self.tell()
@@ -356,6 +435,8 @@ class Trainer:
             step=self._learner.step,
             lineage=self._lineage,
             intake=sealed(self._intake.state(), self._sealer),
+            annotators=self._annotators.records(),
+            flips=self._learner.flips,
             untold=tuple(self._untold),
         )
 
@@ -368,11 +449,12 @@ class Trainer:
         if state.base_digest != self._base_digest:
             raise InvalidCheckpoint(f"{self._folder} was trained on another base model; move it away to start anew")
         try:
-            self._policy.load({k: v for k, v in tensors.items() if not k.startswith("optimizer.")})
+            self._policy.load({k: v for k, v in tensors.items() if not k.startswith(("optimizer.", "anchor."))})
         except IncompatibleAdapter as error:
             raise InvalidCheckpoint(f"{self._folder}: {error}; restore the settings or move it away") from error
         checkpoint.load_optimizer(self._learner.optimizer, tensors)
-        self._oldest_drop_at = self._now() if self._intake.dropped else None
+        self._policy.anchor_at(checkpoint.load_anchor(tensors))
+        self._drops_wait()
         self._announce_unannounced()
 
     def _announce_unannounced(self) -> None:
@@ -390,5 +472,15 @@ class Trainer:
 
 
 def _intake(config: TrainerConfig, state: IntakeState) -> Intake:
-    names = ("policy", "heldout_ratio", "heldout_window", "replay_window", "max_pairs_per_user")
-    return Intake(state, **{name: value for name, value in msgspec.structs.asdict(config).items() if name in names})
+    return Intake(
+        state,
+        policy=config.policy,
+        heldout_ratio=config.heldout_ratio,
+        heldout_window=config.heldout_window,
+        replay_window=config.replay_window,
+        learns_ties=config.objective in KNOW_TIES,
+    )
+
+
+def _with_sides(verdicts: Sequence[Verdict]) -> list[Verdict]:
+    return [verdict for verdict in verdicts if not verdict.is_tie]

@@ -82,6 +82,7 @@ STORE_SECONDS = Histogram("tiebreak_event_stored_seconds", "Event occurred to st
 STEPS = Counter("tiebreak_train_steps_total", "Optimizer steps", ["variant"])
 PAIRS_TRAINED = Counter("tiebreak_pairs_trained_total", "Preferences trained on", ["variant"])
 PAIRS_DROPPED = Counter("tiebreak_pairs_dropped_total", "Preferences not trained on", ["variant", "reason"])
+WENT_ASTRAY = Counter("tiebreak_went_astray_total", "Times that a guard sent the weights back unpublished", ["variant"])
 TRAIN_VALUE = Gauge("tiebreak_train_value", "Latest value of a training metric (TRL's names)", ["variant", "name"])
 HELDOUT_WIN_RATE = Gauge(
     "tiebreak_heldout_win_rate_ratio", "Reward accuracy on held-out preferences", ["variant", "version"]

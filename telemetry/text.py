@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from hashlib import sha256
+from itertools import pairwise
 
 _WORD = re.compile(r"\w+|[^\w\s]")
 
@@ -17,3 +19,15 @@ def repetition_ratio(text: str, n: int = 3) -> float:
     tokens = words(text)
     grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
     return 1.0 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def text_cluster(text: str) -> str:
+    """The cluster that a question belongs to: 12 hex digits, the same wherever and whenever it is asked.
+
+    A MinHash (Broder 1997) of one permutation over the pairs of neighbouring content words: two texts share a cluster
+    with the probability of their Jaccard similarity. Numbers and short words do not count, so that one template is one
+    cluster for the most part.
+    """
+    content = [word for word in words(text) if len(word) > 3 and not word.isdigit()]
+    grams = {f"{first} {second}" for first, second in pairwise(content)} or {" ".join(words(text))}
+    return min(sha256(gram.encode()).hexdigest()[:12] for gram in grams)

@@ -17,7 +17,11 @@ import pytest
 import tomli_w
 import torch
 
+from online_trainer.batches import PairTokens
 from online_trainer.config import TrainerConfig
+from online_trainer.errors import UnusableExamples
+from online_trainer.examples import Examples
+from online_trainer.ingest import Verdict
 from online_trainer.publish import Draft, VersionStore
 from online_trainer.trainer import Trainer
 from telemetry.config import TelemetryConfig, open_log, open_sealer
@@ -359,6 +363,86 @@ def test_a_version_that_strays_too_far_is_shrunk_before_anyone_sees_it(
         found[ratio] = bench.policy.tensors()
     name = "model.layers.1.self_attn.q_proj.lora_B.weight"
     assert torch.allclose(found[1e-6][name], 0.7 * found[0.0][name], rtol=1e-3, atol=1e-6)
+
+
+def test_one_verdict_that_cannot_be_learned_from_is_dropped_and_the_others_are_learned(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = Examples._tokens
+
+    def refuse(self: Examples, verdict: Verdict) -> PairTokens:
+        if verdict.preference_id == "preference-1":
+            raise UnusableExamples({verdict.preference_id}, "a template that fails")
+        return tokens(self, verdict)
+
+    monkeypatch.setattr(Examples, "_tokens", refuse)
+    bench.append(*(verdict(n) for n in range(5)))
+    bench.turn(3)
+    assert [batch.preference_ids for batch in bench.batches() if batch.preference_ids] == [
+        ("preference-0", "preference-2", "preference-3", "preference-4")
+    ]
+    assert [batch.dropped for batch in bench.batches() if batch.dropped] == [(("preference-1", "unusable"),)]
+
+
+def test_weights_that_went_astray_are_not_published_and_go_back(
+    telemetry_config: TelemetryConfig, tiny_model: Path
+) -> None:
+    config = msgspec.structs.replace(CONFIG, max_capability_ratio=1e-3, flush_s=0.0)  # nothing passes
+    bench = Bench(telemetry_config, tiny_model, config)
+    fresh = bench.policy.tensors()
+    bench.append(*(verdict(n) for n in range(4)))
+    bench.turn()
+    assert bench.batches() and not bench.published()
+    assert all(torch.equal(tensor, fresh[name]) for name, tensor in bench.policy.tensors().items())
+    bench.turn(3)
+    names = [name for batch in bench.batches() for name, reason in batch.dropped if reason == "refused"]
+    assert sorted(names) == [f"preference-{n}" for n in range(4)]  # each had its second chance
+
+
+def test_preferences_are_measured_against_the_version_that_was_promoted_also_after_a_restart(
+    telemetry_config: TelemetryConfig, tiny_model: Path
+) -> None:
+    bench = Bench(telemetry_config, tiny_model, msgspec.structs.replace(CONFIG, reference="promoted"))
+    bench.append(*(verdict(n) for n in range(4)))
+    bench.turn()
+    version = bench.published()[0].version
+    assert bench.policy.anchor is None
+    bench.refuse(version, version, state="stable")
+    bench.append(*(verdict(n) for n in range(4, 8)))
+    bench.turn()
+    assert bench.batches()[1].metrics["rewards/margins"] == pytest.approx(0.0, abs=1e-4)  # it is its own reference
+    bench.start()
+    anchor = bench.policy.anchor
+    assert anchor is not None
+    assert all(torch.equal(tensor, anchor[name]) for name, tensor in bench.store.read(version).items())
+
+
+def test_verdicts_on_answers_of_long_ago_judge_and_teach_nothing(
+    telemetry_config: TelemetryConfig, tiny_model: Path
+) -> None:
+    bench = Bench(telemetry_config, tiny_model, msgspec.structs.replace(CONFIG, stale_versions=0))
+    bench.append(*(verdict(n) for n in range(4)))
+    bench.turn()
+    bench.append(*(verdict(n) for n in range(4, 8)))  # on the base's answers, and a version came since
+    bench.turn()
+    bench.append(*(verdict(n, version=bench.published()[0].version) for n in range(8, 12)))
+    bench.turn(2)
+    assert [batch.preference_ids[0] for batch in bench.batches() if batch.preference_ids] == [
+        "preference-0", "preference-8",
+    ]  # fmt: skip
+    assert {reason for batch in bench.batches() for _, reason in batch.dropped} == {"stale"}
+    assert bench.published()[-1].metrics["aged_pairs"] == 4
+
+
+def test_a_version_says_how_it_was_judged(bench: Bench) -> None:
+    bench.append(*(verdict(n, user=f"user-{n}") for n in range(4)))
+    bench.turn()
+    bench.append(*(verdict(n, user=f"user-{n}") for n in range(4, 8)))
+    bench.turn()
+    values = bench.published()[-1].metrics
+    assert values["regression_pairs"] == 4 and values["regression_win_rate"] == 1.0
+    assert values["replay_win_rate"] == 1.0 and values["replay_calibration_error"] < 0.5
+    assert values["capability_perplexity"] == pytest.approx(values["base_capability_perplexity"], rel=0.3)
 
 
 def test_somebody_elses_version_in_store_and_log_changes_nothing(bench: Bench) -> None:

@@ -16,10 +16,13 @@ from typing import Any
 
 import msgspec
 
+from online_trainer import checkpoint
 from online_trainer import trainer as training
+from online_trainer.annotators import Annotators
 from online_trainer.checkpoint import TrainerState
 from online_trainer.config import TrainerConfig
 from online_trainer.ingest import IntakeState, Verdict
+from online_trainer.learner import Example, Lesson
 from online_trainer.lineage import Lineage
 from online_trainer.publish import Draft, derived_id
 from online_trainer.trainer import Trainer
@@ -327,6 +330,7 @@ class Weights:
         self.learned: list[str] = []
         self.step = 0
         self.optimizer = None
+        self.anchor, self.flips = None, 0.0
 
     def tensors(self) -> dict[str, Any]:
         return {"learned": list(self.learned)}
@@ -334,11 +338,15 @@ class Weights:
     def load(self, tensors: Mapping[str, Any]) -> None:
         self.learned = list(tensors["learned"])
 
-    def learn(self, examples: Sequence[str], *, is_rehearsal: bool) -> dict[str, float]:
+    def anchor_at(self, tensors: Mapping[str, Any] | None) -> None:
+        """Nothing is measured against anything."""
+
+    def learn(self, examples: Sequence[Example], *, is_rehearsal: bool) -> Lesson:
+        names = [example.preference_id for example in examples]
         self.step += 1
-        self.learned += examples
-        self._world.note("learned", *examples)
-        return {"kl": 0.0, "rewards/margins": 0.0}
+        self.learned += names
+        self._world.note("learned", *names)
+        return Lesson({"kl": 0.0, "rewards/margins": 0.0}, dict.fromkeys(names, 0.5))
 
     def shuffled(self, earlier: Sequence[Any]) -> list[Any]:
         return list(earlier)
@@ -350,8 +358,8 @@ class Weights:
 class Examples:
     """A verdict's name is all that is learned of it."""
 
-    def of(self, verdicts: Sequence[Verdict]) -> list[str]:
-        return [verdict.preference_id for verdict in verdicts]
+    def of(self, verdicts: Sequence[Verdict]) -> list[Example]:
+        return [Example(verdict.preference_id, None) for verdict in verdicts]  # type: ignore[arg-type]
 
     def keep(self, preference_ids: object) -> None:
         """Nothing is kept."""
@@ -393,6 +401,12 @@ CONFIG = TrainerConfig(
 )  # fmt: skip
 
 
+GUARDED = (
+    "probe_repetition", "probe_entropy", "capability_perplexity",
+    "base_probe_repetition", "base_probe_entropy", "base_capability_perplexity",
+)  # fmt: skip
+
+
 class SimulatedTrainer(Trainer):
     """The trainer's own loop over weights that are a list."""
 
@@ -406,14 +420,14 @@ class SimulatedTrainer(Trainer):
         number, payload, tensors = disk.newest or (0, b"", {})
         fresh = TrainerState(base_digest=DIGEST, lineage=Lineage(base_version(DIGEST)), intake=IntakeState())
         state = msgspec.json.decode(payload, type=TrainerState) if payload else fresh
-        self._number = number
+        self._number, self._annotators = number, Annotators(state.annotators)
         self._intake = training._intake(CONFIG, state.intake)
         self._lineage, self._untold, self.weights.step = state.lineage, list(state.untold), state.step
         if payload:
             self._resume(state, tensors)
 
     def _evaluation(self) -> dict[str, float]:
-        return {}
+        return dict.fromkeys(GUARDED, 1.0)
 
 
 class Checkpoints:
@@ -427,6 +441,7 @@ class Checkpoints:
         """In the place of ``online_trainer.checkpoint``."""
         return SimpleNamespace(
             save=self._save, optimizer_tensors=lambda _: {}, load_optimizer=lambda *_: None,
+            anchor_tensors=checkpoint.anchor_tensors, load_anchor=checkpoint.load_anchor,
         )  # fmt: skip
 
     def _save(self, folder: object, number: int, state: TrainerState, tensors: dict[str, Any], keep: int) -> None:

@@ -53,6 +53,7 @@ def verdict(
     outcome: Outcome = "chosen_rejected",
     prompt: str = "",
     policy: str = "chat",
+    version: str = "v000000-00000000",
 ) -> PreferenceRecorded:
     """Verdict ``number``, given ``number`` seconds after START by a user of its own."""
     return PreferenceRecorded(
@@ -62,8 +63,8 @@ def verdict(
         policy=policy,
         user=user or f"user-{number}",
         prompt=(Message(role="user", content=prompt or f"question {number}"),),
-        chosen=completion(chosen),
-        rejected=completion(rejected),
+        chosen=completion(chosen, version=version),
+        rejected=completion(rejected, version=version),
         outcome=outcome,
         chosen_position="a" if outcome == "chosen_rejected" else "",
         propensity=1.0,
@@ -74,15 +75,13 @@ def verdict(
 
 def intake(state: IntakeState | None = None, **settings: object) -> Intake:
     """An intake that holds nothing out unless told."""
-    defaults = {
-        "policy": "", "heldout_ratio": 0.0, "heldout_window": 4, "replay_window": 6, "max_pairs_per_user": 2,
-    }  # fmt: skip
+    defaults = {"policy": "", "heldout_ratio": 0.0, "heldout_window": 4, "replay_window": 6}
     return Intake(state or IntakeState(), **{**defaults, **settings})  # type: ignore[arg-type]
 
 
 def prompt_that_is(held_out: bool, ratio: float = 0.1) -> str:
     """A question on the wanted side of the split."""
-    candidates = (f"question about {n}" for n in range(1000))
+    candidates = (f"question about thing{n}" for n in range(1000))
     return next(c for c in candidates if is_held_out((Message(role="user", content=c),), ratio) is held_out)
 
 

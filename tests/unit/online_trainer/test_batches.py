@@ -9,7 +9,7 @@ import torch
 from msgspec import structs
 
 from online_trainer.batches import PairTokens, completion_tokens, micro_batches, pack, prompt_tokens
-from online_trainer.policy import Policy, load_model, pair_logps
+from online_trainer.policy import Policy, load_model
 from serving.prompts import PromptEncoder
 from telemetry.events import Message, PreferenceRecorded, ToolCall, decode, encode
 from tests.tool_model import make_tool_model, offered, tool
@@ -26,9 +26,8 @@ def plain_logp(policy: Policy, prompt: tuple[int, ...], answer: tuple[int, ...])
 
 def test_a_shared_prompt_row_gives_both_sides_the_log_probs_of_two_ordinary_sequences(policy: Policy) -> None:
     pairs = [tokens(5, 3, 4), tokens(2, 6, 1, start=40), tokens(7, 1, 1, start=60)]
-    rows = pack(pairs)
     with torch.no_grad():
-        chosen_B, rejected_B = pair_logps(rows, policy.upper(rows, policy.lower(rows)))
+        chosen_B, rejected_B = policy.score(policy.encode(pairs)).policy
     for index, pair in enumerate(pairs):
         assert abs(chosen_B[index].item() - plain_logp(policy, pair.prompt, pair.chosen)) < 1e-3
         assert abs(rejected_B[index].item() - plain_logp(policy, pair.prompt, pair.rejected)) < 1e-3

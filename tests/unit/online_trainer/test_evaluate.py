@@ -14,6 +14,7 @@ from online_trainer.evaluate import (
     base_yardsticks,
     divergence,
     heldout,
+    judged,
     probe,
     probe_prompts,
     sample,
@@ -90,4 +91,4 @@ def test_the_probe_gives_every_number_that_the_release_gate_reads(policy: Policy
 
 
 def test_without_held_out_verdicts_there_is_no_win_rate(policy: Policy) -> None:
-    assert heldout(policy, []) == {"heldout_pairs": 0.0}
+    assert heldout(judged(policy, [], 0.1)) == {"heldout_pairs": 0.0}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from online_trainer.ingest import IntakeState, is_held_out
+from online_trainer.ingest import Caps, IntakeState, is_held_out
 from telemetry.event_log import Entry, Position
 from telemetry.events import Message, PersonErased, PreferenceRetracted
 from tests.unit.online_trainer.kit import START, intake, prompt_that_is, verdict
@@ -19,7 +19,7 @@ def test_a_verdict_seen_twice_waits_once() -> None:
     found.record(verdict(1))
     found.record(verdict(1))
     assert [v.preference_id for v in found.pending] == ["preference-1"]
-    found.trained(found.next_batch(8))
+    found.trained(found.next_batch(Caps(8)))
     found.record(verdict(1))
     assert not found.pending
 
@@ -78,28 +78,28 @@ def test_a_retraction_that_overtakes_its_verdict_still_holds() -> None:
 def test_a_verdict_retracted_after_training_is_not_replayed_again() -> None:
     found = intake()
     found.record(verdict(1))
-    found.trained(found.next_batch(8))
+    found.trained(found.next_batch(Caps(8)))
     found.retract(retraction(1))
     assert not found.replay and not found.dropped
 
 
 def test_one_eager_user_fills_no_batch_and_loses_no_verdict() -> None:
-    found = intake(max_pairs_per_user=2)
+    found = intake()
     for number in range(6):
         found.record(verdict(number, user="eager"))
     found.record(verdict(6, user="calm"))
-    first = found.next_batch(4)
+    first = found.next_batch(Caps(4, per_user=2))
     assert [v.preference_id for v in first] == ["preference-0", "preference-1", "preference-6"]
     found.trained(first)
-    assert [v.preference_id for v in found.next_batch(4)] == ["preference-2", "preference-3"]
+    assert [v.preference_id for v in found.next_batch(Caps(4, per_user=2))] == ["preference-2", "preference-3"]
 
 
 def test_verdicts_of_refused_weights_wait_again_before_all_others_but_not_for_ever() -> None:
-    found = intake(max_pairs_per_user=9)
+    found = intake()
     for number in range(3):
         found.record(verdict(number))
     for _ in range(2):
-        found.trained(found.next_batch(2))
+        found.trained(found.next_batch(Caps(2)))
         found.unlearned(["preference-0", "preference-1"])
     waiting = [v.preference_id for v in found.pending]
     assert waiting == ["preference-2"]  # the first two had their second chance
@@ -111,7 +111,7 @@ def test_a_first_loss_puts_verdicts_back_in_front() -> None:
     found = intake()
     for number in range(3):
         found.record(verdict(number))
-    found.trained(found.next_batch(2))
+    found.trained(found.next_batch(Caps(2)))
     found.unlearned(["preference-0", "preference-1", "unknown"])
     assert [v.preference_id for v in found.pending] == ["preference-0", "preference-1", "preference-2"]
     assert not found.replay
@@ -119,11 +119,11 @@ def test_a_first_loss_puts_verdicts_back_in_front() -> None:
 
 
 def test_every_step_that_a_verdict_takes_part_in_counts_until_it_has_been_seen_enough() -> None:
-    found = intake(max_pairs_per_user=9)
+    found = intake()
     found.record(verdict(0))
     found.record(verdict(1))
-    found.trained(found.next_batch(1))
-    found.trained(found.next_batch(1), found.replayable(2))
+    found.trained(found.next_batch(Caps(1)))
+    found.trained(found.next_batch(Caps(1)), found.replayable(2))
     assert {v.preference_id: v.passes for v in found.replay} == {"preference-0": 2, "preference-1": 1}
     assert [v.preference_id for v in found.replayable(2)] == ["preference-1"]
     found.unlearned(["preference-0", "preference-1"])
@@ -148,7 +148,7 @@ def test_windows_keep_the_newest() -> None:
     found = intake(replay_window=3)
     for number in range(5):
         found.record(verdict(number))
-        found.trained(found.next_batch(8))
+        found.trained(found.next_batch(Caps(8)))
     assert [v.preference_id for v in found.replay] == ["preference-2", "preference-3", "preference-4"]
 
 
@@ -158,7 +158,7 @@ def test_state_survives_json_and_goes_on_alike() -> None:
         found.record(verdict(number))
     found.record(verdict(7, prompt=prompt_that_is(True)))
     found.passed(Entry(Position("topic", 2, 41), "key", b""))
-    found.trained(found.next_batch(2))
+    found.trained(found.next_batch(Caps(2)))
     restored = intake(msgspec.json.decode(msgspec.json.encode(found.state()), type=IntakeState), heldout_ratio=0.1)
     assert restored.state() == found.state()
     assert restored.offsets == {"topic": {2: 42}}
@@ -167,10 +167,10 @@ def test_state_survives_json_and_goes_on_alike() -> None:
 
 
 def test_labelers_of_one_users_pairs_are_people_of_their_own() -> None:
-    own = intake(max_pairs_per_user=1)
+    own = intake()
     for number, labeler in enumerate(("eva", "ida", "eva")):
         own.record(msgspec.structs.replace(verdict(number, user="ann"), labeler=labeler))
-    assert [each.labeler for each in own.next_batch(8)] == ["eva", "ida"]
+    assert [each.labeler for each in own.next_batch(Caps(8, per_user=1))] == ["eva", "ida"]
 
 
 def test_whoever_is_erased_is_erased_up_to_then() -> None:
@@ -180,3 +180,55 @@ def test_whoever_is_erased_is_erased_up_to_then() -> None:
     own.erase(PersonErased(user="ann", actor="operator", occurred_at=verdict(1).occurred_at))
     assert [each.preference_id for each in own.pending] == ["preference-1", "preference-2"]
     assert own.dropped == [("preference-0", "erased")]
+
+
+def test_ties_wait_for_a_learner_that_knows_them() -> None:
+    deaf, keen = intake(), intake(learns_ties=True)
+    for own in (deaf, keen):
+        own.record(verdict(0, outcome="tie"))
+        own.record(verdict(1, outcome="both_bad"))
+    assert deaf.dropped == [("preference-0", "no_preference"), ("preference-1", "no_preference")]
+    assert [(v.preference_id, v.is_tie) for v in keen.pending] == [("preference-0", True)]
+    assert not keen.effects  # nobody chose anything
+
+
+def test_one_question_in_many_words_is_one_cluster_and_fills_no_batch() -> None:
+    own = intake()
+    for number in range(5):
+        own.record(verdict(number, prompt=f"What is the {number}th prime number after {number * 100}?"))
+    own.record(verdict(5, prompt="Why do cats purr when they sleep?"))
+    taken = [v.preference_id for v in own.next_batch(Caps(6, per_cluster=2))]
+    assert taken == ["preference-0", "preference-1", "preference-5"]
+
+
+def test_verdicts_on_answers_that_are_too_old_only_judge() -> None:
+    own = intake()
+    own.record(verdict(0))
+    own.record(verdict(1))
+    own.age(lambda each: each.preference_id == "preference-0")
+    assert [v.preference_id for v in own.pending] == ["preference-1"]
+    assert [v.preference_id for v in own.aged] == ["preference-0"]
+    assert own.dropped == [("preference-0", "stale")]
+    assert own.usable_ids() == {"preference-0", "preference-1"}
+
+
+def test_what_no_step_can_be_taken_on_is_dropped_everywhere_and_the_others_go_on() -> None:
+    own = intake()
+    for number in range(3):
+        own.record(verdict(number))
+    own.trained(own.next_batch(Caps(1)))
+    own.quarantine({"preference-0", "preference-1"})
+    assert own.usable_ids() == {"preference-2"}
+    assert own.dropped == [("preference-1", "unusable")]  # the other one was trained on, and told of
+
+
+def test_what_versions_got_right_is_kept_to_ask_later_ones_up_to_a_bound() -> None:
+    own = intake(heldout_window=2)
+    for number in range(5):
+        own.record(verdict(number))
+    everything = own.next_batch(Caps(9))
+    own.got_right(everything[:3])
+    own.got_right(everything)
+    kept = [v.preference_id for v in own.regression]
+    own.got_right(reversed(everything))
+    assert len(kept) == 2 and kept == [v.preference_id for v in own.regression]

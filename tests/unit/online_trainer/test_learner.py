@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from online_trainer.batches import PairTokens
 from online_trainer.config import TrainerConfig
-from online_trainer.evaluate import Drift, heldout
+from online_trainer.errors import UnusableExamples
+from online_trainer.evaluate import Drift, heldout, judged
 from online_trainer.learner import Example, Learner
 from online_trainer.policy import Policy
 from tests.unit.online_trainer.kit import tiny_policy, tokens, with_settings
@@ -29,19 +31,19 @@ def taste(policy: Policy) -> list[Example]:
 def test_a_taste_is_learned_and_carries_over_to_new_prompts(policy: Policy) -> None:
     found = learner(policy, with_settings(kl_budget=0.0))
     examples = taste(policy)
-    first = found.learn(examples[:4])
+    first = found.learn(examples[:4]).metrics
     for _ in range(8):
-        last = found.learn(examples[:4])
+        last = found.learn(examples[:4]).metrics
     assert first["rewards/accuracies"] == 0.5 and last["rewards/accuracies"] == 1.0
     assert last["loss"] < first["loss"]
-    assert heldout(policy, examples[4:])["heldout_win_rate"] == 1.0
+    assert heldout(judged(policy, examples[4:], 0.1))["heldout_win_rate"] == 1.0
 
 
 def test_the_divergence_never_leaves_the_budget_however_hard_the_learner_pulls(policy: Policy) -> None:
     found = learner(policy, with_settings(kl_budget=0.01, learning_rate=0.1, warmup_steps=0))
     drift, shrunk = Drift(policy, TEXTS), []
     for _ in range(5):
-        shrunk.append(found.learn(taste(policy)))
+        shrunk.append(found.learn(taste(policy)).metrics)
         assert drift.kl_per_token() <= 0.012
     assert any(values["shrink_ratio"] < 1 for values in shrunk)
     assert shrunk[-1]["rewards/accuracies"] == 1.0
@@ -58,7 +60,7 @@ def test_a_small_correction_is_not_measured_again_and_holds_all_the_same(policy:
     small = 0
     for _ in range(40):
         before = len(measured)
-        values = found.learn(taste(policy))
+        values = found.learn(taste(policy)).metrics
         if 0.8 <= values["shrink_ratio"] < 1.0:
             small += 1
             assert len(measured) == before + 1
@@ -68,7 +70,7 @@ def test_a_small_correction_is_not_measured_again_and_holds_all_the_same(policy:
 
 def test_without_a_budget_the_same_pulls_go_far_beyond_it(policy: Policy) -> None:
     found = learner(policy, with_settings(kl_budget=0.0, learning_rate=0.1, warmup_steps=0))
-    assert max(found.learn(taste(policy))["kl"] for _ in range(5)) > 0.1
+    assert max(found.learn(taste(policy)).metrics["kl"] for _ in range(5)) > 0.1
 
 
 def test_micro_batches_change_the_memory_and_not_the_step(tiny_model: Path) -> None:
@@ -76,7 +78,7 @@ def test_micro_batches_change_the_memory_and_not_the_step(tiny_model: Path) -> N
     for budget in (10_000, 1):
         policy = tiny_policy(tiny_model)
         found = learner(policy, with_settings(micro_batch_tokens=budget))
-        losses.append([found.learn(taste(policy))["loss"] for _ in range(2)])
+        losses.append([found.learn(taste(policy)).metrics["loss"] for _ in range(2)])
         weights.append(policy.tensors())
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
     name = "model.layers.1.self_attn.q_proj.lora_B.weight"
@@ -90,3 +92,66 @@ def test_replay_draws_the_same_verdicts_again_after_a_restart(policy: Policy) ->
     assert sorted(first.shuffled(range(50))) == list(range(50))
     second.step = 18
     assert first.shuffled(range(50)) != second.shuffled(range(50))
+
+
+def test_an_example_without_weight_teaches_nothing_and_one_that_is_explained_less(policy: Policy) -> None:
+    config = with_settings(kl_budget=0.0, warmup_steps=0)
+    found = learner(policy, config)
+    before = policy.tensors()
+    found.learn([example._replace(weight=0.0) for example in taste(policy)])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in policy.tensors().items())
+    losses = [found.learn([taste(policy)[0]._replace(offset=offset, weight=0.0)]).metrics["loss"] for offset in (-1, 0)]
+    assert losses[0] < losses[1]  # a choice that its position explains surprises less
+
+
+def test_stale_answers_count_by_how_likely_they_are_now(policy: Policy) -> None:
+    found = learner(policy, with_settings())
+    fresh, stale = (found.learn([taste(policy)[0]._replace(is_stale=s)]).metrics["weight"] for s in (False, True))
+    assert fresh == 1.0 and 0 < stale < 1
+
+
+def test_an_example_whose_gradient_is_no_number_is_named_and_nothing_has_changed(policy: Policy) -> None:
+    found = learner(policy, with_settings())
+    good, bad = taste(policy)[:2]
+    bad = bad._replace(encoded=bad.encoded._replace(reference_chosen=float("nan")))
+    before = policy.tensors()
+    with pytest.raises(UnusableExamples) as caught:
+        found.learn([good, bad])
+    assert caught.value.preference_ids == {bad.preference_id}
+    assert found.step == 0 and not found.optimizer.state
+    assert all(torch.equal(tensor, before[name]) for name, tensor in policy.tensors().items())
+    assert found.learn([good]).metrics["grad_norm"] > 0
+
+
+def test_how_probable_a_verdict_was_is_said_before_the_step(policy: Policy) -> None:
+    found = learner(policy, with_settings(kl_budget=0.0))
+    examples = taste(policy)
+    assert list(found.learn(examples[:4]).agreement.values()) == pytest.approx([0.5] * 4, abs=1e-4)
+    assert all(value > 0.5 for value in found.learn(examples).agreement.values())
+    tied = [examples[0]._replace(is_tie=True), examples[1]]
+    ties = Learner(policy, with_settings(objective="davidson"), lambda: 0.0).learn(tied)
+    assert list(ties.agreement) == [examples[1].preference_id]
+
+
+def test_an_average_reference_follows_the_policy_slowly(policy: Policy) -> None:
+    found = learner(policy, with_settings(reference="ema", ema_decay=0.5, kl_budget=0.0))
+    for _ in range(3):
+        found.learn(taste(policy))
+    encoded = [example.encoded for example in taste(policy)]
+    with torch.no_grad():
+        own = policy.score(encoded).policy.chosen_B
+    base = torch.tensor([pair.reference_chosen for pair in encoded])
+    average = policy.reference(encoded).chosen_B
+    assert ((own - average).abs() < (own - base).abs()).all()
+
+
+def test_the_share_of_flips_is_estimated_for_the_robust_loss_alone(policy: Policy) -> None:
+    robust = Learner(policy, with_settings(objective="robust", estimates_flips=True), lambda: 0.0)
+    examples = taste(policy) * 4
+    robust.estimate_flips(examples[:20])
+    assert robust.flips == robust._config.label_smoothing  # too few
+    robust.estimate_flips(examples)
+    assert robust.flips == pytest.approx(0.1, abs=0.01)  # a policy that knows nothing says what was taken for granted
+    plain = Learner(policy, with_settings(estimates_flips=True), lambda: 0.0)
+    plain.estimate_flips(examples)
+    assert plain.flips == plain._config.label_smoothing

@@ -10,7 +10,7 @@ BASE = "v000000-00000000"
 
 
 def verdicts(*numbers: int) -> list[Verdict]:
-    found = intake(max_pairs_per_user=9)
+    found = intake()
     for number in numbers:
         found.record(verdict(number))
     return found.pending

@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
 
-from online_trainer.objective import PairLogps, ipo_loss, preference_loss, reward_metrics, sigmoid_loss
+from online_trainer.objective import (
+    MOST_FLIPS,
+    PairLogps,
+    davidson_loss,
+    flip_rate,
+    ipo_loss,
+    on_policy_weights,
+    preference_loss,
+    rao_kupper_loss,
+    reward_metrics,
+    robust_loss,
+    sigmoid_loss,
+)
 
 LENGTHS = PairLogps(torch.tensor([2.0]), torch.tensor([4.0]))
 
@@ -18,12 +32,12 @@ def logps(chosen: float, rejected: float) -> PairLogps:
 
 def test_equal_log_ratios_cost_ln_2_whatever_the_label_smoothing() -> None:
     for smoothing in (0.0, 0.1, 0.5):
-        assert sigmoid_loss(torch.zeros(1), 0.1, smoothing).item() == pytest.approx(math.log(2))
+        assert sigmoid_loss(torch.zeros(1), smoothing).item() == pytest.approx(math.log(2))
 
 
-def test_a_margin_of_ln_3_over_beta_costs_ln_4_thirds() -> None:
-    margin = torch.tensor([math.log(3) / 0.1])  # σ(ln 3) = 3/4
-    assert sigmoid_loss(margin, 0.1).item() == pytest.approx(math.log(4 / 3))
+def test_a_margin_of_ln_3_costs_ln_4_thirds() -> None:
+    logits = torch.tensor([math.log(3)])  # σ(ln 3) = 3/4
+    assert sigmoid_loss(logits).item() == pytest.approx(math.log(4 / 3))
 
 
 def test_with_beta_near_zero_the_loss_forgets_the_pair_and_pulls_no_more() -> None:
@@ -43,9 +57,9 @@ def test_at_the_start_the_gradient_is_half_of_beta_up_for_chosen_and_down_for_re
 
 
 def test_label_smoothing_stops_the_pull_where_the_probability_is_one_minus_epsilon() -> None:
-    margin = torch.tensor([math.log(0.9 / 0.1) / 0.5], requires_grad=True)  # σ(β·margin) = 0.9
-    sigmoid_loss(margin, 0.5, 0.1).sum().backward()
-    assert margin.grad is not None and margin.grad.item() == pytest.approx(0.0, abs=1e-6)
+    logits = torch.tensor([math.log(0.9 / 0.1)], requires_grad=True)  # σ(d) = 0.9
+    sigmoid_loss(logits, 0.1).sum().backward()
+    assert logits.grad is not None and logits.grad.item() == pytest.approx(0.0, abs=1e-6)
 
 
 def test_ipo_wants_a_mean_margin_of_one_over_two_beta_and_no_more() -> None:
@@ -61,3 +75,59 @@ def test_reward_metrics_count_a_tie_as_half_right() -> None:
     better = reward_metrics(logps(-2.0, -6.0), logps(-3.0, -4.0), 0.1)
     assert better["rewards/margins"].item() == pytest.approx(0.1 * (1 + 2))
     assert better["rewards/accuracies"].item() == 1.0
+
+
+def test_the_robust_loss_of_flipped_verdicts_is_on_average_that_of_the_true_ones() -> None:
+    logits, flips = torch.tensor([0.7, -1.3, 2.0]), 0.2
+    expected = (1 - flips) * robust_loss(logits, flips) + flips * robust_loss(-logits, flips)
+    torch.testing.assert_close(expected, sigmoid_loss(logits))
+
+
+@pytest.mark.parametrize("loss", [rao_kupper_loss, davidson_loss])
+@pytest.mark.parametrize("tie_share", [0.1, 0.5])
+def test_win_loss_and_tie_add_up_and_equals_tie_as_often_as_said(loss: Callable[..., Tensor], tie_share: float) -> None:
+    logits, win, tie = torch.tensor([-2.0, 0.0, 1.5]), torch.zeros(3, dtype=torch.bool), torch.ones(3, dtype=torch.bool)
+    won, tied = (-loss(logits, win, tie_share)).exp(), (-loss(logits, tie, tie_share)).exp()
+    lost = (-loss(-logits, win, tie_share)).exp()
+    torch.testing.assert_close(won + tied + lost, torch.ones(3))
+    assert tied[1].item() == pytest.approx(tie_share)
+    assert tied[1] > tied[2] > tied[0]  # the more unequal, the fewer ties
+
+
+def test_a_tie_draws_both_sides_together_and_other_objectives_refuse_it() -> None:
+    policy = logps(-2.0, -5.0)  # the margin is 3: too far apart for a tie
+    tie = torch.tensor([True])
+    preference_loss(policy, logps(-4.0, -4.0), LENGTHS, objective="davidson", beta=0.5, is_tie_B=tie).sum().backward()
+    assert policy.chosen_B.grad is not None and policy.rejected_B.grad is not None
+    assert policy.chosen_B.grad.item() > 0 > policy.rejected_B.grad.item()
+    with pytest.raises(ValueError, match="sigmoid knows no ties; davidson and rao_kupper do"):
+        preference_loss(policy, logps(0.0, 0.0), LENGTHS, objective="sigmoid", beta=0.1, is_tie_B=tie)
+
+
+def test_a_safer_chosen_side_is_pulled_harder() -> None:
+    pulls = []
+    for offset in (-1.0, 0.0, 1.0):
+        policy = logps(-3.0, -3.0)
+        preference_loss(
+            policy, logps(-3.0, -3.0), LENGTHS, objective="sigmoid", beta=0.1, offset_B=torch.tensor([offset])
+        ).sum().backward()
+        assert policy.chosen_B.grad is not None
+        pulls.append(-policy.chosen_B.grad.item())
+    assert pulls == sorted(pulls) and pulls[0] < pulls[1] < pulls[2]
+
+
+def test_answers_that_the_policy_would_not_give_any_more_weigh_less() -> None:
+    weights = on_policy_weights(PairLogps(torch.tensor([-0.1, -2.0]), torch.tensor([-0.1, -2.0])))
+    assert weights[0] > weights[1] and weights.max() <= 1
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.3])
+def test_the_share_of_flipped_verdicts_is_found(share: float) -> None:
+    torch.manual_seed(1)
+    logits = torch.randn(4000) * 2
+    agrees = torch.rand(4000) < torch.sigmoid(logits)  # Bradley-Terry
+    flipped = torch.rand(4000) < share
+    seen = torch.where(agrees ^ flipped, logits, -logits)  # d of whoever was chosen
+    assert flip_rate(seen) == pytest.approx(share, abs=0.03)
+    assert flip_rate(torch.full((500,), -9.0)) == MOST_FLIPS
+    assert flip_rate(torch.empty(0)) == pytest.approx(0.1)

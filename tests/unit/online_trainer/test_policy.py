@@ -22,7 +22,8 @@ def scramble(policy: Policy, scale: float = 0.3) -> None:
 
 
 def margins(policy: Policy) -> float:
-    own, reference, _ = policy.logps(policy.encode([PAIR]))
+    encoded = policy.encode([PAIR])
+    own, reference = policy.score(encoded).policy, policy.reference(encoded)
     return (own.chosen_B - reference.chosen_B - own.rejected_B + reference.rejected_B).item()
 
 
@@ -49,7 +50,7 @@ def test_only_the_topmost_layers_are_trained_and_their_names_are_those_of_the_ve
 def test_the_top_alone_gives_the_same_gradients_as_the_whole_model(tiny_model: Path) -> None:
     policy = tiny_policy(tiny_model)
     scramble(policy)
-    own, _, _ = policy.logps(policy.encode([PAIR]))
+    own = policy.score(policy.encode([PAIR])).policy
     own.chosen_B.sum().backward()  # type: ignore[no-untyped-call]
     found = [p.grad.clone() for p in policy.parameters() if p.grad is not None]
     policy.model.zero_grad()
