@@ -26,7 +26,9 @@ Your users break the tie; your model learns from it within seconds.
   tiebreak releases list               what is stable, what is on trial, what happened and why
   tiebreak export --out pairs.jsonl    every verdict as a row that TRL trains on
   tiebreak lineage VERSION|VERDICT     what a version learned from; where a verdict went
+  tiebreak card VERSION                its model card: data, settings, numbers, limits
   tiebreak datasets create             a data set that stays what it is; list, diff, export
+  tiebreak train --dataset ID          learn a data set to its end, and publish one version of it
   tiebreak audit list | verify         who read, exported, changed or deleted what
   tiebreak dlq list                    log entries that could not be read, and whether they can be now
   tiebreak doctor                      is this machine fit, and if not, the mend
@@ -87,8 +89,13 @@ def parser() -> argparse.ArgumentParser:
     lineage = command("lineage", _lineage, "show a version's forebears and verdicts, or what became of one verdict")
     lineage.add_argument("name", help="a version (v000012-1a2b3c4d), or a preference's id")
     lineage.add_argument("--json", action="store_true", help="one JSON document instead of a table")
+    card = command("card", _card, "write a version's model card: what it learned from, how, and how it did")
+    card.add_argument("name", help="a version (v000012-1a2b3c4d)")
     _add_dlq(command("dlq", _dlq, "list, show or replay entries of the event log that could not be read", ()), shared)
     _add_datasets(command("datasets", _datasets, "make, list, compare or export versioned data sets", ()), shared)
+    train = command("train", _train, "learn a data set to its end, and publish one version for release")
+    train.add_argument("--dataset", required=True, metavar="ID", help="as `datasets list` shows it, or its beginning")
+    train.add_argument("--passes", type=_positive, default=4, metavar="N", help="steps of each verdict (default 4)")
     _add_labels(command("labels", _labels, "give pairs to labelers, and take their labels in", ()), shared)
     text = "show who read, exported, changed or deleted what, or prove that trail whole"
     _add_audit(command("audit", _audit, text, ()), shared)
@@ -309,6 +316,28 @@ def _datasets(options: argparse.Namespace) -> int:
         return 2
 
 
+def _train(options: argparse.Namespace) -> int:
+    from deploy.models import ModelUnavailable, prepare_model
+    from deploy.train import train
+    from online_trainer.config import TrainerConfig
+    from online_trainer.errors import TrainerError
+    from telemetry import logs
+    from telemetry.configuration import convert_table
+    from telemetry.datasets import DatasetChanged, DatasetUnknown
+    from telemetry.event_log import LogUnavailable
+
+    logs.configure("train")
+    try:
+        deployment = config.prepared(config.load(options.config, state=options.state), prepare_model)
+        trainer = convert_table(
+            deployment.document["trainer"], "trainer", TrainerConfig, os.environ, where=str(options.config)
+        )
+        return train(deployment.telemetry, trainer, options.dataset, passes=options.passes)
+    except (DatasetUnknown, DatasetChanged, LogUnavailable, ModelUnavailable, TrainerError) as error:
+        print(f"tiebreak: {error}", file=sys.stderr)
+        return 1
+
+
 def _labels(options: argparse.Namespace) -> int:
     from deploy import labels
     from telemetry.event_log import LogUnavailable
@@ -339,6 +368,22 @@ def _audit(options: argparse.Namespace) -> int:
     if options.action == "verify":
         return audit.verify(telemetry)
     return audit.show(telemetry, console(), as_json=options.json)
+
+
+def _card(options: argparse.Namespace) -> int:
+    from deploy import card
+    from telemetry.lineage import NotRecorded
+    from telemetry.manifest import UntrustedVersion
+    from telemetry.process import signing_key
+
+    telemetry = config.load(options.config, state=options.state).telemetry
+    try:
+        manifest = card.find(telemetry.state_path / "versions", options.name, signing_key(telemetry.state_path))
+    except (NotRecorded, UntrustedVersion) as error:
+        print(f"tiebreak: {error}", file=sys.stderr)
+        return 1
+    print(card.card(options.name, manifest, telemetry.store_root), end="")
+    return 0
 
 
 def _lineage(options: argparse.Namespace) -> int:

@@ -137,7 +137,14 @@ def model_cache() -> Path:
 
 
 def resolve(deployment: Deployment, prepare: Callable[[str, Path], Path]) -> Deployment:
-    """``deployment`` with every base model prepared, checked table by table, and written to ``config_path``.
+    """``prepared``, and written to ``config_path``."""
+    resolved = prepared(deployment, prepare)
+    write(resolved)
+    return resolved
+
+
+def prepared(deployment: Deployment, prepare: Callable[[str, Path], Path]) -> Deployment:
+    """``deployment`` with every base model prepared, checked table by table.
 
     ``prepare`` is deploy.models.prepare_model; what it raises goes through.
     """
@@ -151,10 +158,8 @@ def resolve(deployment: Deployment, prepare: Callable[[str, Path], Path]) -> Dep
         "bases": {name: {**table, "model": folders[name]} for name, table in bases.items()},
     }
     document["trainer"] = _with_model(document.get("trainer", {}), folders)
-    resolved = msgspec.structs.replace(deployment, document=document)
     check_tables(document, str(deployment.config_path))
-    write(resolved)
-    return resolved
+    return msgspec.structs.replace(deployment, document=document)
 
 
 def _model_of(name: str, table: Mapping[str, Any]) -> str:

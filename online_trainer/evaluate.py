@@ -177,6 +177,13 @@ def judged(policy: Policy, examples: Sequence[Example], beta: float, micro_batch
     return Judged(torch.cat(margins).cpu(), torch.cat(drops).cpu()) if margins else Judged(NOTHING, NOTHING)
 
 
+def curve(found: Judged) -> dict[str, float]:
+    """The calibration curve as ``heldout_said_<n>`` (mean probability of a bin) and ``heldout_came_<n>`` (share)."""
+    points = calibration(found.margin_B) if len(found.margin_B) else []
+    said = {f"heldout_said_{n}": point[0] for n, point in enumerate(points)}
+    return said | {f"heldout_came_{n}": point[1] for n, point in enumerate(points)}
+
+
 def heldout(found: Judged, name: str = "heldout") -> dict[str, float]:
     """``<name>_``{pairs, win_rate, loss, calibration_error, chosen_drop} of verdicts; equal rewards count half.
 

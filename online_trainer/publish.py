@@ -43,8 +43,9 @@ class Draft(msgspec.Struct, frozen=True, kw_only=True):
 class VersionStore:
     """The versions of one variant on disk, signed with the deployment's key."""
 
-    def __init__(self, root: Path, config: TrainerConfig, key: bytes) -> None:
-        self._root, self._config, self._key = root, config, key
+    def __init__(self, root: Path, config: TrainerConfig, key: bytes, *, dataset: str = "") -> None:
+        """``dataset``: the id of the data set that all its versions are made of; "" of those that learn online."""
+        self._root, self._config, self._key, self._dataset = root, config, key, dataset
 
     @property
     def _folder(self) -> Path:
@@ -66,7 +67,8 @@ class VersionStore:
                 base_digest=draft.base_digest, created_at=draft.created_at, step=draft.step,
                 rank=config.rank, alpha=config.alpha, target_modules=config.targets,
                 files={ADAPTER_FILE: file_digest(path)}, preference_ids=draft.preference_ids,
-                training=_training(config), metrics=draft.metrics,
+                training=_training(config) | ({"dataset": self._dataset} if self._dataset else {}),
+                metrics=draft.metrics,
             )  # fmt: skip
             version, _ = write_version(self._root, manifest, {ADAPTER_FILE: path}, self._key)
         return version, manifest

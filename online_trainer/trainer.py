@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -124,26 +125,50 @@ class Trainer:
 
     def turn(self, reader: Reader, timeout_s: float = POLL_S) -> None:
         """One round: read what is there, then at most one step and at most one publication."""
-        entries = reader.poll(max_entries=POLL_ENTRIES, timeout_s=timeout_s)
-        for entry in entries:
-            self._take(entry)
-        metrics.TRAINER_LAG.set(reader.lag())
+        with self._quarantining():
+            self._step(reader, timeout_s)
+            if self._has_news() and self._may_publish():
+                self._publish()
+
+    def finish(self) -> str:
+        """Learn a log that ends, each verdict as often as the settings say, and publish once: the version, or ""."""
+        self.tell()
+        reader, has_more = self._log.reader((PREFERENCES, VERSIONS), self._intake.state().offsets), True
+        while has_more:
+            with self._quarantining():
+                has_more = self._step(reader, 0.0)
+        while self._lineage.steps:
+            with self._quarantining():
+                self._publish()
+        parent = self._lineage.parent
+        return parent if self._lineage.descends_from(parent) else ""
+
+    @contextmanager
+    def _quarantining(self) -> Iterator[None]:
+        """What cannot be learned from is dropped, and the loop goes on."""
         try:
-            self._act(is_caught_up=len(entries) < POLL_ENTRIES)
+            yield
         except UnusableExamples as error:
             log.warning("%s", error, extra={"action": "examples_quarantined"})
             self._intake.quarantine(error.preference_ids)
             self._report_drops()
 
-    def _act(self, *, is_caught_up: bool) -> None:
+    def _step(self, reader: Reader, timeout_s: float) -> bool:
+        """Read what is there, and take at most one step; False where there was nothing to do."""
+        entries = reader.poll(max_entries=POLL_ENTRIES, timeout_s=timeout_s)
+        for entry in entries:
+            self._take(entry)
+        metrics.TRAINER_LAG.set(reader.lag())
+        is_caught_up = len(entries) < POLL_ENTRIES
         if batch := self._due_batch(is_caught_up=is_caught_up):
             self._train(batch, self._beside(batch))
         elif self._is_due(self._oldest_drop_at, self._config.flush_s):
             self._report_drops()
         elif rehearsal := self._rehearsal(is_caught_up=is_caught_up):
             self._train([], rehearsal)
-        if self._has_news() and self._may_publish():
-            self._publish()
+        else:
+            return bool(entries)
+        return True
 
     # ---- what comes in ----------------------------------------------------------------------------------------
 
@@ -364,7 +389,8 @@ class Trainer:
             own = self._probe()
         values = {**self._base_metrics, **own, "capability_perplexity": self._capability()}
         for name in ("heldout", "aged", "regression"):
-            values |= evaluate.heldout(self._judged(getattr(self._intake, name)), name)
+            found = self._judged(getattr(self._intake, name))
+            values |= evaluate.heldout(found, name) | (evaluate.curve(found) if name == "heldout" else {})
         seen = self._judged(self._intake.replay)
         values |= evaluate.heldout(seen, "replay")
         right = [

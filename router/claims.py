@@ -36,7 +36,7 @@ TOPIC: Final = TOPIC_OF[PreferenceRecorded]
 # KEYS verdict, lock, receipt, stream; ARGV claim, its life in s, the lock's in ms, how many words of the receipt,
 # then these, then the words of the stream's entry (none: another log, which the caller appends to)
 # → claim that holds, where it was durable before, whether the caller's, where it is durable now
-_CLAIM: Final = Script("""
+CLAIM: Final = Script("""
 redis.call('HSETNX', KEYS[1], 'claim', ARGV[1])
 local kept = redis.call('HGET', KEYS[1], 'claim')
 local before = redis.call('HGET', KEYS[1], 'durable')
@@ -55,7 +55,7 @@ return {kept, '', 1, 'log'}
 
 # KEYS verdict, lock, receipt; ARGV where the event is durable, then the words of the receipt (the recorder may have
 # been here first)
-_MARK: Final = Script("""
+MARK: Final = Script("""
 for i = 2, #ARGV, 2 do redis.call('HSETNX', KEYS[3], ARGV[i], ARGV[i + 1]) end
 redis.call('HSET', KEYS[1], 'durable', ARGV[1])
 redis.call('DEL', KEYS[2])
@@ -119,7 +119,7 @@ class Claims:
             *accepted,
             *self._entry(event),
         ]
-        kept, before, won, now = cast(tuple[bytes, bytes, int, bytes], await self._writes.run(_CLAIM, keys, words))
+        kept, before, won, now = cast(tuple[bytes, bytes, int, bytes], await self._writes.run(CLAIM, keys, words))
         return Made(msgspec.json.decode(kept, type=Claim), before.decode(), bool(won), now.decode())
 
     def _entry(self, event: PreferenceRecorded) -> list[bytes]:
@@ -160,7 +160,7 @@ class Claims:
 
     async def _write_mark(self, event: PreferenceRecorded, durable: str) -> None:
         keys = [VERDICT_KEY + event.pair_id, LOCK_KEY + event.pair_id, receipt_key(event.event_id)]
-        await self._notes.run(_MARK, keys, [durable, *chain.from_iterable(_accepted(event, durable).items())])
+        await self._notes.run(MARK, keys, [durable, *chain.from_iterable(_accepted(event, durable).items())])
 
     async def marked(self, preference_id: str) -> bool:
         """Wait a moment for a mark that is being written; False when it still is."""

@@ -137,6 +137,13 @@ class Datasets:
         self._require(dataset, rows)
         return sealer.opened(sorted(rows, key=lambda row: row["preference_id"]))
 
+    def payloads(self, dataset: Dataset) -> list[bytes]:
+        """Its verdicts as they were logged, with sealed texts, in the order in which they were given."""
+        rows = self._rows(dataset.table_version, dataset.filter)
+        self._require(dataset, rows)
+        rows.sort(key=lambda row: (row["occurred_at"], row["preference_id"]))
+        return [row["event"].encode() for row in rows]
+
     def _require(self, dataset: Dataset, rows: list[dict[str, Any]]) -> list[str]:
         """The ids in ``rows``. Raises DatasetChanged where they are not what it was made of."""
         digest, ids = _digest(rows)
@@ -152,7 +159,7 @@ class Datasets:
         """The chosen verdicts that nobody had taken back in that version of the table."""
         try:
             data = DeltaTable(self._table, version=version).to_pyarrow_dataset()
-            columns = ["preference_id", "event"]
+            columns = ["preference_id", "event", "occurred_at"]
             rows = data.to_table(columns=columns, filter=chosen.wanted(), use_threads=False).to_pylist()
             is_retraction = pc.field("type") == PreferenceRetracted.__name__
             taken_back = data.to_table(columns=columns[:1], filter=is_retraction, use_threads=False)

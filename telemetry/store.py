@@ -35,7 +35,8 @@ log = logging.getLogger(__name__)
 WINDOW_EVENTS: Final = 100_000  # event_ids remembered per table
 WINDOW: Final = timedelta(days=7)  # and for how long
 COMPACT_EVERY: Final = 200  # commits
-COMPACT_BYTES: Final = 32 << 20  # files above this are left alone
+REOPEN_EVERY: Final = 50  # commits
+COMPACT_BYTES: Final = 8 << 20  # files above this are left alone; joining takes some seven times as much memory
 KEEP_LOG: Final = "delta.enableExpiredLogCleanup"
 KEEP_OLD_FILES_H: Final = 1  # so long a reader may hold on to a snapshot
 
@@ -122,7 +123,7 @@ class Table:
 
     def compact(self) -> None:
         """Join small files, and delete those that no reader and no data set needs any more."""
-        self._delta.optimize.compact(target_size=COMPACT_BYTES)
+        self._delta.optimize.compact(target_size=COMPACT_BYTES, max_concurrent_tasks=1)
         self._delta.vacuum(
             retention_hours=KEEP_OLD_FILES_H,
             dry_run=False,
@@ -162,6 +163,15 @@ class Table:
         self._commits += 1
         if self._commits % COMPACT_EVERY == 0:
             self.compact()
+        if self._commits % REOPEN_EVERY == 0:
+            self._reopen()
+
+    def _reopen(self) -> None:
+        """Delta-rs keeps some hundred kilobytes for each commit that one object made or saw: begin with a fresh one."""
+        version, fresh = self._delta.version(), DeltaTable(f"{self._root}/{self.name}")
+        if fresh.version() != version:
+            raise StoreContended(f"{self.name}: {StoreContended.__doc__}")
+        self._delta = fresh
 
     def _recent_ids(self) -> list[str]:
         """The newest event_ids, oldest first."""

@@ -26,6 +26,7 @@ from online_trainer.learner import Example, Lesson
 from online_trainer.lineage import Lineage
 from online_trainer.publish import Draft, derived_id
 from online_trainer.trainer import Trainer
+from router.claims import CLAIM, MARK
 from telemetry.event_log import Entry, LogUnavailable, Offsets, Position
 from telemetry.events import TOPICS, VERSIONS, AnyEvent, VersionPublished, decode
 from telemetry.manifest import base_version
@@ -193,6 +194,7 @@ class FakeRedis:
         self.world = world
         self.hashes: dict[str, dict[bytes, bytes]] = {}
         self.values: dict[str, tuple[bytes, float]] = {}  # value, and when it ends
+        self._scripts = {CLAIM.digest: self._claim, MARK.digest: self._mark}
 
     # asyncio client --------------------------------------------------------------------------------------------
 
@@ -200,8 +202,8 @@ class FakeRedis:
         """One of those that gather."""
         match words[0]:
             case "EVALSHA":
-                count = words[2]
-                return await self._claim(keys=list(words[3 : 3 + count]), args=list(words[3 + count :]))
+                script, first = self._scripts[words[1]], 3 + words[2]
+                return await script(keys=list(words[3:first]), args=list(words[first:]))
             case "GET":
                 return await self.get(words[1])
             case "HMGET":
@@ -209,7 +211,7 @@ class FakeRedis:
         raise AssertionError(f"the simulation's Redis does not know {words[0]}")
 
     async def _claim(self, *, keys: list[str], args: list[Any]) -> tuple[bytes, bytes, int, bytes]:
-        """``router.claims._CLAIM`` for a log that is not this Redis."""
+        """``CLAIM`` for a log that is not this Redis."""
         verdict, lock = keys[:2]
         found = self.hashes.setdefault(verdict, {})
         found.setdefault(b"claim", args[0])
@@ -220,6 +222,17 @@ class FakeRedis:
             self.values[lock] = (b"1", self.world.seconds + args[2] / 1000)
         self._trouble()
         return found[b"claim"], b"", int(is_free), b""
+
+    async def _mark(self, *, keys: list[str], args: list[str]) -> None:
+        """``MARK``."""
+        verdict, lock, receipt = keys
+        self._trouble()
+        lines = self.hashes.setdefault(receipt, {})
+        for name, value in zip(args[1::2], args[2::2], strict=True):
+            lines.setdefault(name.encode(), value.encode())
+        self.hashes.setdefault(verdict, {})[b"durable"] = args[0].encode()
+        self.values.pop(lock, None)
+        self._trouble()
 
     def _get(self, key: str) -> bytes | None:
         value, ends = self.values.get(key, (b"", 0.0))
@@ -243,7 +256,7 @@ class FakeRedis:
         self.values.pop(key, None)
 
     def pipeline(self, *, transaction: bool) -> Any:
-        return AsyncPipeline(self) if transaction else Commands(self)
+        return Commands(self)
 
 
 class Commands:
@@ -264,35 +277,6 @@ class Commands:
             except ConnectionError as error:
                 found.append(error)
         return found
-
-
-class AsyncPipeline:
-    """The transaction that marks a verdict."""
-
-    def __init__(self, server: FakeRedis) -> None:
-        self._server = server
-        self._writes: list[Any] = []
-
-    async def __aenter__(self) -> AsyncPipeline:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        """Nothing to free."""
-
-    def hsetnx(self, key: str, name: str, value: str) -> None:
-        self._writes.append(lambda: self._server.hashes.setdefault(key, {}).setdefault(name.encode(), value.encode()))
-
-    def hset(self, key: str, name: str, value: str) -> None:
-        self._writes.append(lambda: self._server.hashes.setdefault(key, {}).update({name.encode(): value.encode()}))
-
-    def delete(self, key: str) -> None:
-        self._writes.append(lambda: self._server.values.pop(key, None))
-
-    async def execute(self) -> None:
-        self._server._trouble()
-        for write in self._writes:
-            write()
-        self._server._trouble()
 
 
 class SyncRedis:

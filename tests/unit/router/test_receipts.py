@@ -10,7 +10,7 @@ from redis.exceptions import ConnectionError as RedisAway
 
 from router import claims as claiming
 from router.admission import OPEN_CALLER
-from router.claims import Claims
+from router.claims import MARK, Claims
 from router.errors import NotFound, Unavailable
 from router.gathered import Gathered
 from router.ledger import Ledger
@@ -20,57 +20,46 @@ from tests.router_stack import PLAIN
 
 
 class Redis:
-    """Hashes, and a pipeline that waits for ``let_go`` and then writes them, or fails."""
+    """Hashes that are read at once, and marks that wait for ``let_go`` and then are written, or fail."""
 
     def __init__(self, *, fails: bool = False) -> None:
         self.hashes: dict[str, dict[bytes, bytes]] = {}
         self.let_go = asyncio.Event()
         self.fails = fails
-        self._queued: list[tuple[str, str, str]] = []
 
-    def pipeline(self, *, transaction: bool) -> Any:
-        return self if transaction else Reads(self)
-
-    async def __aenter__(self) -> Redis:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        """Nothing to close."""
-
-    def hsetnx(self, key: str, field: str, value: str) -> None:
-        self._queued.append((key, field, value))
-
-    hset = hsetnx
-
-    def delete(self, _: str) -> None:
-        """The lock is no hash."""
-
-    async def execute(self) -> None:
-        await self.let_go.wait()
-        if self.fails:
-            raise RedisAway("away")
-        for key, field, value in self._queued:
-            self.hashes.setdefault(key, {})[field.encode()] = value.encode()
+    def pipeline(self, *, transaction: bool) -> Commands:
+        return Commands(self)
 
     async def hgetall(self, key: str) -> dict[bytes, bytes]:
         return self.hashes.get(key, {})
 
-    async def hmget(self, key: str, fields: list[str]) -> list[bytes | None]:
-        return [self.hashes.get(key, {}).get(field.encode()) for field in fields]
+    async def command(self, name: str, *words: Any) -> Any:
+        if name == "HMGET":
+            return [self.hashes.get(words[0], {}).get(field.encode()) for field in words[1:]]
+        assert (name, words[0], words[1]) == ("EVALSHA", MARK.digest, 3)
+        await self.let_go.wait()
+        if self.fails:
+            raise RedisAway("away")
+        verdict, _, receipt, durable, *lines = words[2:]
+        self.hashes[verdict] = {b"durable": durable.encode()}
+        self.hashes[receipt] = {
+            key.encode(): value.encode() for key, value in zip(lines[::2], lines[1::2], strict=True)
+        }
+        return None
 
 
-class Reads:
-    """HMGETs that gathered."""
+class Commands:
+    """Those that gathered."""
 
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
-        self._asked: list[tuple[str, ...]] = []
+        self._asked: list[tuple[Any, ...]] = []
 
-    def execute_command(self, _: str, *words: str) -> None:
+    def execute_command(self, *words: Any) -> None:
         self._asked.append(words)
 
-    async def execute(self, *, raise_on_error: bool) -> list[list[bytes | None]]:
-        return [await self._redis.hmget(key, list(fields)) for key, *fields in self._asked]
+    async def execute(self, *, raise_on_error: bool) -> list[Any]:
+        return [await self._redis.command(*words) for words in self._asked]
 
 
 def book_on(redis: Any) -> tuple[ReceiptBook, Claims]:
