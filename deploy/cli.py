@@ -161,7 +161,7 @@ def _add_datasets(datasets: argparse.ArgumentParser, shared: argparse.ArgumentPa
     actions = datasets.add_subparsers(title="actions", metavar="create|list|diff|export", required=True, dest="action")
     text = "make a data set of the verdicts that the store holds now; prints its id, which is always the same set"
     create = actions.add_parser("create", parents=[shared], help=text, description=_sentence(text))
-    for name in ("policy", "cohort", "source", "labeler", "outcome", "variant", "version"):
+    for name in ("policy", "cohort", "cluster", "source", "labeler", "outcome", "variant", "version"):
         one = " (one of the two sides)" if name.startswith("v") else ""
         create.add_argument(f"--{name}", default="", help=f"only verdicts of this {name}{one}")
     create.add_argument("--since", default="", metavar="TIME", help="only those given then or later (ISO 8601)")

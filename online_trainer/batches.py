@@ -101,8 +101,11 @@ def served_reference(
 def token_weights(length: int, other: int, ld_alpha: float) -> list[float]:
     """Weights of a side's ``length`` tokens: 1 up to the ``other`` side's length, ``ld_alpha`` beyond.
 
-    LD-DPO (arXiv 2409.06411, eq. 8): what only the longer answer has is where length itself is rewarded.
+    LD-DPO (arXiv 2409.06411, eq. 8): what only the longer answer has is where length itself is rewarded. An answer
+    that has no other beside it counts whole.
     """
+    if not other:
+        return [1.0] * length
     return [1.0] * min(length, other) + [ld_alpha] * max(0, length - other)
 
 

@@ -71,6 +71,8 @@ class TrainerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     debias: tuple[Literal["position", "length"], ...] = ("position",)
     # Down-weight people whose verdicts contradict what the others taught (online_trainer/annotators.py).
     weighs_people: bool = True
+    # Weight of a thumb on a single answer, learned from by KTO, beside 1 of a pair. 0: thumbs are left alone.
+    thumb_weight: float = 0.0
     # Weight of the negative log-likelihood of chosen answers, per token: keeps their probability from falling.
     nll_weight: float = 0.0
     learning_rate: float = 2e-3

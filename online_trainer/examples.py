@@ -51,7 +51,11 @@ class Examples:
         for index, pair in zip(indices, encoded, strict=True):
             name = verdicts[index].preference_id
             self._known[name] = Example(
-                name, pair, is_tie=verdicts[index].is_tie, safety_gap=self._safety_gap(verdicts[index])
+                name,
+                pair,
+                is_tie=verdicts[index].is_tie,
+                thumb=verdicts[index].thumb,
+                safety_gap=self._safety_gap(verdicts[index]),
             )
 
     def keep(self, preference_ids: Collection[str]) -> None:
@@ -64,19 +68,23 @@ class Examples:
             return PairTokens(
                 prompt_tokens(tokenizer, verdict.prompt, config.max_prompt_tokens),
                 completion_tokens(tokenizer, verdict.chosen, config.max_completion_tokens),
-                completion_tokens(tokenizer, verdict.rejected, config.max_completion_tokens),
+                () if verdict.thumb else completion_tokens(tokenizer, verdict.rejected, config.max_completion_tokens),
             )
         except Exception as error:  # a chat template is code of the model's: it may raise anything
             raise UnusableExamples({verdict.preference_id}, f"{type(error).__name__}: {error}") from error
 
     def _safety_gap(self, verdict: Verdict) -> float:
-        if not self._config.safety_weight:
+        if not self._config.safety_weight or verdict.thumb:
             return 0.0
         return safety(verdict.chosen, self._scorer) - safety(verdict.rejected, self._scorer)
 
     def _reference(self, verdict: Verdict, pair: PairTokens) -> tuple[float, float] | None:
         """What serving computed, for the whole prompt; None where it did not."""
-        if not self._config.uses_served_reference or len(pair.prompt) >= self._config.max_prompt_tokens:
+        if (
+            verdict.thumb
+            or not self._config.uses_served_reference
+            or len(pair.prompt) >= self._config.max_prompt_tokens
+        ):
             return None
         sides = (verdict.chosen, pair.chosen, pair.rejected), (verdict.rejected, pair.rejected, pair.chosen)
         chosen, rejected = (

@@ -15,16 +15,25 @@ from typing import Literal
 import msgspec
 
 from online_trainer.bias import Traits, traits
+from telemetry.conversation import prompt_cluster
 from telemetry.event_log import Entry, Offsets
-from telemetry.events import Completion, Message, PersonErased, PreferenceRecorded, PreferenceRetracted, Sealed
+from telemetry.events import (
+    Completion,
+    FeedbackRecorded,
+    Message,
+    PersonErased,
+    PreferenceRecorded,
+    PreferenceRetracted,
+    Sealed,
+)
 from telemetry.people import Forgotten
 from telemetry.sealing import Sealer, Shape, bare
-from telemetry.text import text_cluster
 
 Reason = Literal[
     "no_preference", "identical", "empty", "unsafe", "held_out", "retracted", "refused", "erased", "stale", "unusable"
 ]
 TEXTS = Shape(("chosen", "rejected"))  # of a verdict
+NO_ANSWER = Completion("", "", "", "", "stable", "", 0, 0, 0.0, 0.0, 0.0, 0.0)
 MAX_TRIES = 2  # a verdict that was in two refused lineages may be what is wrong with them
 EFFECTS_WINDOW = 512  # verdicts that the effects of position and length are measured on
 SEEN_IDS = 5_000  # deduplication reaches back this far; a router's outbox replays seconds, not days
@@ -46,6 +55,7 @@ class Verdict(msgspec.Struct, frozen=True):
     labeler: str = ""  # who gave it, if that was not the user
     is_tie: bool = False  # both sides were found equal
     position: Literal["a", "b", ""] = ""  # where chosen was shown; "" of a tie
+    thumb: int = 0  # 1 or -1: no verdict on a pair, but a thumb on ``chosen`` alone; ``rejected`` is NO_ANSWER then
     key_id: str = ""  # that the log has it sealed with; empty: in the clear
     sealed: Sealed | None = None  # as it lies in a checkpoint: prompt and the sides' words, which then are empty
 
@@ -115,15 +125,9 @@ def opened(state: IntakeState, sealer: Sealer) -> IntakeState:
     )
 
 
-def cluster_of(prompt: Sequence[Message]) -> str:
-    """The cluster of similar questions that a prompt belongs to, by its last message of a user."""
-    asked = next((message.content for message in reversed(prompt) if message.role == "user"), "")
-    return text_cluster(asked)
-
-
 def is_held_out(prompt: Sequence[Message], ratio: float) -> bool:
     """Whether this prompt's cluster is of the share that is never trained on: the same answer everywhere, for ever."""
-    digest = hashlib.sha256(cluster_of(prompt).encode()).digest()
+    digest = hashlib.sha256(prompt_cluster(prompt).encode()).digest()
     return int.from_bytes(digest[:8], "big") < ratio * 2**64
 
 
@@ -136,6 +140,15 @@ def reason_to_drop(event: PreferenceRecorded, heldout_ratio: float, *, learns_ti
     if not event.chosen.text.strip() or not event.rejected.text.strip():
         return "empty"
     if event.chosen.finish_reason == "content_filter":  # nobody is taught to say what the filter stopped
+        return "unsafe"
+    return "held_out" if is_held_out(event.prompt, heldout_ratio) else None
+
+
+def reason_to_drop_thumb(event: FeedbackRecorded, heldout_ratio: float) -> Reason | None:
+    """Why no step may use this thumb; None when one may."""
+    if not event.completion.text.strip():
+        return "empty"
+    if event.rating > 0 and event.completion.finish_reason == "content_filter":
         return "unsafe"
     return "held_out" if is_held_out(event.prompt, heldout_ratio) else None
 
@@ -154,7 +167,7 @@ class Caps(msgspec.Struct, frozen=True):
         for verdict in verdicts:
             if len(taken) == self.size:
                 break
-            cluster = cluster_of(verdict.prompt)
+            cluster = prompt_cluster(verdict.prompt)
             if _has_room(people[verdict.by], self.per_user) and _has_room(clusters[cluster], self.per_cluster):
                 people[verdict.by] += 1
                 clusters[cluster] += 1
@@ -225,7 +238,21 @@ class Intake:
         if reason == "held_out":
             self.heldout = [*self.heldout, _verdict(event, key_id=key_id)][-self._heldout_window :]
 
-    def unreadable(self, event: PreferenceRecorded) -> None:
+    def record_thumb(self, event: FeedbackRecorded, *, key_id: str = "") -> None:
+        """A thumb on a single answer: to be learned from, or dropped with a reason; a later one replaces it."""
+        if (self._policy and event.policy != self._policy) or event.event_id in self._seen:
+            return
+        self._see(event.event_id)
+        if reason := reason_to_drop_thumb(event, self._heldout_ratio):
+            self.dropped.append((event.event_id, reason))
+            return
+        earlier = [v.preference_id for v in self.pending if v.thumb and v.pair_id == event.completion_id]
+        self.dropped += [(name, "retracted") for name in earlier]
+        for verdicts in self._every_list():
+            verdicts[:] = [v for v in verdicts if not (v.thumb and v.pair_id == event.completion_id)]
+        self.pending.append(_thumb(event, key_id=key_id))
+
+    def unreadable(self, event: PreferenceRecorded | FeedbackRecorded) -> None:
         """A verdict of a person who is forgotten: dropped. One seen before changes nothing."""
         if (not self._policy or event.policy == self._policy) and event.event_id not in self._seen:
             self._see(event.event_id)
@@ -334,5 +361,20 @@ def _verdict(event: PreferenceRecorded, *, key_id: str) -> Verdict:
         labeler=event.labeler,
         is_tie=event.outcome == "tie",
         position=event.chosen_position,
+        key_id=key_id,
+    )
+
+
+def _thumb(event: FeedbackRecorded, *, key_id: str) -> Verdict:
+    return Verdict(
+        preference_id=event.event_id,
+        pair_id=event.completion_id,
+        user=event.user,
+        occurred_at=event.occurred_at,
+        prompt=event.prompt,
+        chosen=event.completion,
+        rejected=NO_ANSWER,
+        trace=(event.trace_id, event.span_id),
+        thumb=event.rating,
         key_id=key_id,
     )

@@ -18,7 +18,15 @@ from torch import Tensor
 from online_trainer.batches import micro_batches
 from online_trainer.config import TrainerConfig
 from online_trainer.errors import UnusableExamples
-from online_trainer.objective import flip_rate, on_policy_weights, preference_loss, reward_metrics
+from online_trainer.objective import (
+    REWARDS,
+    PairLogps,
+    flip_rate,
+    kto_loss,
+    on_policy_weights,
+    preference_loss,
+    reward_metrics,
+)
 from online_trainer.policy import Encoded, Policy
 
 T = TypeVar("T")
@@ -35,10 +43,23 @@ class Example(NamedTuple):
     preference_id: str
     encoded: Encoded
     is_tie: bool = False
+    thumb: int = 0  # 1 or -1 on chosen alone: rejected has no tokens
     safety_gap: float = 0.0  # by how much chosen is safer than rejected
     weight: float = 1.0
     offset: float = 0.0  # see objective.preference_loss
     is_stale: bool = False  # the answers are of a version that is far behind the weights
+
+
+class Sides(NamedTuple):
+    """What the losses are made of."""
+
+    policy: PairLogps
+    reference: PairLogps
+    lengths: PairLogps
+
+    def of(self, chosen_B: Tensor) -> Sides:
+        """Those where ``chosen_B`` is true."""
+        return Sides(*(PairLogps(each.chosen_B[chosen_B], each.rejected_B[chosen_B]) for each in self))
 
 
 class Lesson(NamedTuple):
@@ -136,37 +157,59 @@ class Learner:
         totals: dict[str, float] = {}
         agreement: dict[str, float] = {}
         lengths = [example.encoded.tokens.total for example in examples]
+        pairs = sum(not example.thumb for example in examples)
+        counts = dict.fromkeys(REWARDS, max(1, pairs))  # thumbs have no rewards to compare
+        divergence = self._kl_per_token() if pairs < len(examples) else 0.0
         for group in micro_batches(lengths, self._config.micro_batch_tokens):
             part = [examples[index] for index in group]
-            values = self._backward(part, len(examples))
+            values = self._backward(part, len(examples), divergence)
             for name, values_B in values.items():
-                totals[name] = totals.get(name, 0.0) + float(values_B.sum()) / len(examples)
+                totals[name] = totals.get(name, 0.0) + float(values_B.sum()) / counts.get(name, len(examples))
             for example, margin in zip(part, values["rewards/margins"].tolist(), strict=True):
-                if not example.is_tie:
+                if not (example.is_tie or example.thumb):
                     agreement[example.preference_id] = 1 / (1 + math.exp(-margin))
         return Lesson(totals, agreement)
 
-    def _backward(self, part: Sequence[Example], count: int) -> dict[str, Tensor]:
+    def _backward(self, part: Sequence[Example], count: int, divergence: float) -> dict[str, Tensor]:
         config = self._config
         pairs = [example.encoded for example in part]
         reference = self.policy.reference(pairs)  # first: it may exchange the weights for a moment
         policy, lengths, alignment = self.policy.score(pairs)
         place = lengths.chosen_B
-        loss_B = preference_loss(
-            policy, reference, lengths,
-            objective=config.objective, beta=config.beta, label_smoothing=self.flips,
-            target_margin=config.simpo_gamma, tie_share=config.tie_share,
-            is_tie_B=torch.tensor([example.is_tie for example in part], device=place.device),
-            offset_B=place.new_tensor([example.offset for example in part]),
-        )  # fmt: skip
-        loss_B = loss_B - config.nll_weight * policy.chosen_B / lengths.chosen_B
+        is_thumb_B = torch.tensor([example.thumb != 0 for example in part], device=place.device)
+        own = Sides(policy, reference, lengths)
+        loss_B = place.new_zeros(len(part))
+        if pairs_of := [example for example in part if not example.thumb]:
+            loss_B = loss_B.masked_scatter(~is_thumb_B, self._pair_loss(own.of(~is_thumb_B), pairs_of))
+        if thumbs := [example for example in part if example.thumb]:
+            loss_B = loss_B.masked_scatter(is_thumb_B, self._thumb_loss(own.of(is_thumb_B), thumbs, divergence))
         weight_B = place.new_tensor([example.weight for example in part])
-        is_stale_B = torch.tensor([example.is_stale for example in part], device=place.device)
+        is_stale_B = torch.tensor([example.is_stale for example in part], device=place.device) & ~is_thumb_B
         weight_B = torch.where(is_stale_B, weight_B * on_policy_weights(alignment), weight_B)
         ((loss_B * weight_B).sum() / count).backward()  # type: ignore[no-untyped-call]
         with torch.no_grad():
-            values = {"loss": loss_B, "weight": weight_B} | reward_metrics(policy, reference, config.beta)
-            return {name: values_B.detach() for name, values_B in values.items()}
+            rewards = reward_metrics(policy, reference, config.beta)
+            rewards = {name: values_B.masked_fill(is_thumb_B, 0.0) for name, values_B in rewards.items()}
+            return {
+                name: values_B.detach() for name, values_B in ({"loss": loss_B, "weight": weight_B} | rewards).items()
+            }
+
+    def _pair_loss(self, own: Sides, examples: Sequence[Example]) -> Tensor:
+        config, place = self._config, own.lengths.chosen_B
+        loss_B = preference_loss(
+            own.policy, own.reference, own.lengths,
+            objective=config.objective, beta=config.beta, label_smoothing=self.flips,
+            target_margin=config.simpo_gamma, tie_share=config.tie_share,
+            is_tie_B=torch.tensor([example.is_tie for example in examples], device=place.device),
+            offset_B=place.new_tensor([example.offset for example in examples]),
+        )  # fmt: skip
+        return loss_B - config.nll_weight * own.policy.chosen_B / own.lengths.chosen_B
+
+    def _thumb_loss(self, own: Sides, examples: Sequence[Example], divergence: float) -> Tensor:
+        """``divergence``: nats a token from the base; KTO's z₀ is that of an answer as long as each."""
+        ratio_N = own.policy.chosen_B - own.reference.chosen_B
+        is_liked_N = torch.tensor([example.thumb > 0 for example in examples], device=ratio_N.device)
+        return kto_loss(ratio_N, is_liked_N, divergence * own.lengths.chosen_B, self._config.beta)
 
     def _stay_near(self) -> tuple[float, float]:
         """Shrink the adapter until its KL is within the budget: (KL now, factor applied)."""

@@ -28,6 +28,9 @@ Objective = Literal["sigmoid", "robust", "ipo", "simpo", "rao_kupper", "davidson
 KNOW_TIES: frozenset[Objective] = frozenset({"rao_kupper", "davidson"})
 MOST_FLIPS = 0.45  # at one half verdicts say nothing, and the robust loss divides by zero
 EM_ROUNDS = 50
+REWARDS = (  # TRL's names
+    "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected",
+)  # fmt: skip
 
 
 class PairLogps(NamedTuple):
@@ -81,14 +84,14 @@ def davidson_loss(logits_B: Tensor, is_tie_B: Tensor, tie_share: float) -> Tenso
     return log_z_B - torch.where(is_tie_B, tie_B, torch.zeros_like(tie_B))
 
 
-def kto_loss(log_ratio_N: Tensor, is_liked_N: Tensor, kl: float, beta: float) -> Tensor:
+def kto_loss(log_ratio_N: Tensor, is_liked_N: Tensor, kl_N: Tensor, beta: float) -> Tensor:
     """1 − σ(β·(ratio − z₀)) of liked answers, 1 − σ(β·(z₀ − ratio)) of the others: KTO (arXiv 2402.01306, eq. 8).
 
     Of N single answers with a thumb each. z₀ ≥ 0 is the policy's divergence from the reference, in nats an answer;
     no gradient flows through it.
     """
     sign_N = torch.where(is_liked_N, 1.0, -1.0)
-    return 1 - torch.sigmoid(beta * sign_N * (log_ratio_N - max(0.0, kl)))
+    return 1 - torch.sigmoid(beta * sign_N * (log_ratio_N - kl_N.clamp(min=0.0)))
 
 
 def preference_loss(
@@ -160,11 +163,6 @@ def reward_metrics(policy: PairLogps, reference: PairLogps, beta: float) -> dict
     chosen_B = beta * (policy.chosen_B - reference.chosen_B)
     rejected_B = beta * (policy.rejected_B - reference.rejected_B)
     margin_B = chosen_B - rejected_B
-    return {
-        "rewards/chosen": chosen_B,
-        "rewards/rejected": rejected_B,
-        "rewards/margins": margin_B,
-        "rewards/accuracies": (torch.sign(margin_B) + 1) / 2,
-        "logps/chosen": policy.chosen_B,
-        "logps/rejected": policy.rejected_B,
-    }
+    accuracy_B = (torch.sign(margin_B) + 1) / 2
+    values = (chosen_B, rejected_B, margin_B, accuracy_B, policy.chosen_B, policy.rejected_B)
+    return dict(zip(REWARDS, values, strict=True))

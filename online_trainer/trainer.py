@@ -34,11 +34,13 @@ from telemetry import metrics, tracing
 from telemetry.crashpoints import reach
 from telemetry.event_log import Entry, EventLog, LogUnavailable, Reader
 from telemetry.events import (
+    FEEDBACK,
     PREFERENCES,
     TOPIC_OF,
     VERSIONS,
     AnyEvent,
     BatchTrained,
+    FeedbackRecorded,
     InvalidEvent,
     PersonErased,
     PreferenceRecorded,
@@ -102,6 +104,11 @@ class Trainer:
         if found:
             self._resume(state, tensors)
 
+    @property
+    def topics(self) -> tuple[str, ...]:
+        """What is read of the log."""
+        return (PREFERENCES, VERSIONS, *((FEEDBACK,) if self._config.thumb_weight else ()))
+
     # ---- life -------------------------------------------------------------------------------------------------
 
     def run(self, stop: threading.Event, on_ready: Callable[[], None]) -> None:
@@ -115,7 +122,7 @@ class Trainer:
 
     def _session(self, stop: threading.Event, on_ready: Callable[[], None]) -> None:
         self.tell()
-        reader = self._log.reader((PREFERENCES, VERSIONS), self._intake.state().offsets)
+        reader = self._log.reader(self.topics, self._intake.state().offsets)
         try:
             on_ready()
             while not stop.is_set():
@@ -133,7 +140,7 @@ class Trainer:
     def finish(self) -> str:
         """Learn a log that ends, each verdict as often as the settings say, and publish once: the version, or ""."""
         self.tell()
-        reader, has_more = self._log.reader((PREFERENCES, VERSIONS), self._intake.state().offsets), True
+        reader, has_more = self._log.reader(self.topics, self._intake.state().offsets), True
         while has_more:
             with self._quarantining():
                 has_more = self._step(reader, 0.0)
@@ -189,12 +196,8 @@ class Trainer:
 
     def _handle(self, event: AnyEvent) -> None:
         match event:
-            case PreferenceRecorded():
-                try:
-                    key_id = event.sealed.key_id if event.sealed else ""
-                    self._intake.record(self._sealer.open(event), key_id=key_id)
-                except Forgotten:
-                    self._intake.unreadable(event)
+            case PreferenceRecorded() | FeedbackRecorded():
+                self._record(event)
             case PersonErased():
                 self._intake.erase(event)
                 self._annotators.forget(event.user)
@@ -209,6 +212,18 @@ class Trainer:
                     self._lineage = self._lineage.accepted()
             case ReleaseChanged() if event.variant == self._config.variant and event.state == "stable":
                 self._anchor_at(event.version)
+
+    def _record(self, event: PreferenceRecorded | FeedbackRecorded) -> None:
+        key_id = event.sealed.key_id if event.sealed else ""
+        try:
+            opened = self._sealer.open(event)
+        except Forgotten:
+            self._intake.unreadable(event)
+            return
+        if isinstance(opened, FeedbackRecorded):
+            self._intake.record_thumb(opened, key_id=key_id)
+        else:
+            self._intake.record(opened, key_id=key_id)
 
     def _sound(self, refused: ReleaseChanged) -> str:
         """The version to go back to.
@@ -302,8 +317,9 @@ class Trainer:
         examples: list[Example] = []
         for verdict, example in zip(verdicts, self._examples.of(verdicts), strict=True):
             shown = traits(verdict.position, verdict.chosen.text, verdict.rejected.text)
-            explained = 0.0 if verdict.is_tie else effects.of(shown, config.debias)
+            explained = 0.0 if verdict.is_tie or verdict.thumb else effects.of(shown, config.debias)
             weight = self._annotators.weight(verdict.by) if config.weighs_people else 1.0
+            weight *= config.thumb_weight if verdict.thumb else 1.0
             is_stale = self._distance(verdict) > config.fresh_versions
             offset = config.safety_weight * example.safety_gap - explained
             examples.append(example._replace(weight=weight, offset=offset, is_stale=is_stale))
@@ -509,4 +525,4 @@ def _intake(config: TrainerConfig, state: IntakeState) -> Intake:
 
 
 def _with_sides(verdicts: Sequence[Verdict]) -> list[Verdict]:
-    return [verdict for verdict in verdicts if not verdict.is_tie]
+    return [verdict for verdict in verdicts if not (verdict.is_tie or verdict.thumb)]

@@ -15,6 +15,7 @@ from concurrent.futures import Future
 from typing import Any, Final, Literal, TypeVar, cast
 
 import msgspec
+from msgspec.structs import replace
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
@@ -141,6 +142,7 @@ class Ledger:
             request_id=exchange.request_id,
             policy=exchange.policy,
             user=exchange.user,
+            cohort=exchange.request.cohort,
             prompt=exchange.prompt,
             a=a.completion(),
             b=b.completion(),
@@ -149,7 +151,8 @@ class Ledger:
         )
         try:
             key_id = exchange.key_id or await self.private.key_of(exchange.user)
-            shown = await self.private.sealed(await self.private.redacted(shown, SHAPES[PairShown]), key_id)
+            shown = await self.private.redacted(shown, SHAPES[PairShown])
+            shown = await self.private.sealed(replace(shown, cluster=self.private.cluster(shown.prompt)), key_id)
             await self._pairs.remember(RememberedPair(shown, exchange.caller))
             reach("router.pair_remembered")
         except (RedisError, OSError, *NOT_TO_BE_READ) as error:

@@ -6,8 +6,13 @@ What may wait (a key that must be made or unwrapped, a redactor that is a model)
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import hmac
+from collections.abc import Sequence
 from typing import Any, Final, TypeVar
 
+from telemetry.conversation import prompt_cluster
+from telemetry.events import Message
 from telemetry.people import Forgotten, KeysAway, KeyUnusable
 from telemetry.redaction import Redactor
 from telemetry.sealing import SHAPES, Sealer, Shape
@@ -20,8 +25,13 @@ NOT_TO_BE_READ: Final = (Forgotten, KeyUnusable, KeysAway)
 class Private:
     """One router's sealer and redactor."""
 
-    def __init__(self, sealer: Sealer, redactor: Redactor) -> None:
-        self.sealer, self._redactor = sealer, redactor
+    def __init__(self, sealer: Sealer, redactor: Redactor, key: bytes = b"") -> None:
+        """``key``: of the keyed hashes that stand where a text would tell too much."""
+        self.sealer, self._redactor, self._key = sealer, redactor, key
+
+    def cluster(self, prompt: Sequence[Message]) -> str:
+        """The cluster of similar prompts, 12 hex digits that tell nobody a word of it."""
+        return hmac.new(self._key, b"cluster:" + prompt_cluster(prompt).encode(), hashlib.sha256).hexdigest()[:12]
 
     def key_now(self, user: str) -> str:
         """The id of the user's key as it is now; empty where there is none, or where it cannot be told."""

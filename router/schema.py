@@ -24,6 +24,7 @@ Penalty = Annotated[float, Meta(ge=-2.0, le=2.0)]
 Bias = Annotated[float, Meta(ge=-100.0, le=100.0)]
 TokenId = Annotated[str, Meta(pattern="^[0-9]{1,9}$")]
 StopText = Annotated[str, Meta(min_length=1, max_length=256)]
+Cohort = Annotated[str, Meta(pattern="^[A-Za-z0-9_-]{1,32}$")]
 PairWish = Literal["auto", "always", "never"]
 MAX_SCHEMA_DEPTH: Final = 64
 
@@ -133,9 +134,10 @@ class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class PreferenceWish(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Whether this answer may or must be a pair."""
+    """Whether this answer may or must be a pair, and which group of users its verdict counts for."""
 
     pair: PairWish = "auto"
+    cohort: Cohort = "default"
 
 
 class TextFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="text"):
@@ -271,6 +273,10 @@ class ChatRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     @property
     def pair_wish(self) -> PairWish:
         return self.preference.pair if self.preference else "auto"
+
+    @property
+    def cohort(self) -> str:
+        return self.preference.cohort if self.preference else "default"
 
     @property
     def stops(self) -> tuple[str, ...]:

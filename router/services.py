@@ -81,7 +81,7 @@ async def open_services(
     polling = asyncio.create_task(tables.poll(config.table_poll_s, stop))
     embedded_log = event_log is None and telemetry.log == "redis"
     key, admission = signing_key(telemetry.state_path), _admission(config, telemetry.state_path / "run", worker)
-    private = Private(open_sealer(telemetry), Redactor(config.redact, load_hook(config.redactor)))
+    private = Private(open_sealer(telemetry), Redactor(config.redact, load_hook(config.redactor)), key)
     services = _wire(
         config,
         key=key,

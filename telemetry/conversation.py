@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from telemetry.events import Message, Tool
+from telemetry.text import text_cluster
 
 
 def conversation(prompt: Sequence[Message]) -> list[dict[str, Any]]:
@@ -49,3 +50,9 @@ def _tool(tool: Tool) -> dict[str, Any]:
     if tool.parameters:
         function["parameters"] = msgspec.json.decode(tool.parameters)
     return {"type": "function", "function": function}
+
+
+def prompt_cluster(prompt: Sequence[Message]) -> str:
+    """The cluster of similar questions that a prompt belongs to, by its last message of a user."""
+    asked = next((message.content for message in reversed(prompt) if message.role == "user"), "")
+    return text_cluster(asked)

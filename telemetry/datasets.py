@@ -39,6 +39,7 @@ class Filter(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
 
     policy: str = ""
     cohort: str = ""
+    cluster: str = ""  # of similar prompts, as `export --format events` or a query of the table shows it
     source: str = ""
     labeler: str = ""
     outcome: str = ""
@@ -50,7 +51,7 @@ class Filter(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     def wanted(self) -> Any:
         """The filter as an Arrow expression over table ``preferences``."""
         found = pc.field("type") == PreferenceRecorded.__name__
-        for name in ("policy", "cohort", "source", "labeler", "outcome"):
+        for name in ("policy", "cohort", "cluster", "source", "labeler", "outcome"):
             if value := getattr(self, name):
                 found &= pc.field(name) == value
         for name in ("variant", "version"):

@@ -128,6 +128,7 @@ class PairShown(Event, frozen=True, tag=True, kw_only=True):
     propensity: float  # probability with which this (unordered) pair of arms was drawn
     cohort: str = "default"
     expires_at: datetime | None = None
+    cluster: str = ""  # of similar prompts: a keyed hash, the same for each of them
     sealed: Sealed | None = None  # prompt and the sides' words, which then are empty
 
 
@@ -158,6 +159,7 @@ class PreferenceRecorded(Event, frozen=True, tag=True, kw_only=True):
     comment: str = ""
     quality: int | None = None
     edited: str | None = None  # what the user would have preferred to read
+    cluster: str = ""  # as the pair has it
     sealed: Sealed | None = None  # prompt, the sides' words, reasons, comment and edited, which then are empty
 
 

@@ -75,6 +75,7 @@ def judged(
         shown_at=shown.occurred_at,
         decided_s=decided_s,
         cohort=shown.cohort,
+        cluster=shown.cluster,
         **fields,
     )
 

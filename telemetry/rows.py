@@ -67,14 +67,14 @@ SCHEMAS: Final[dict[str, pa.Schema]] = {
     "pairs": _schema(
         pair_id="text", request_id="text", policy="text", user="text", cohort="text", prompt="text",
         a_text="text", a_variant="text", a_version="text", b_text="text", b_variant="text", b_version="text",
-        propensity="float", expires_at="time",
+        propensity="float", expires_at="time", cluster="text",
     ),
     "preferences": _schema(
         preference_id="text", pair_id="text", policy="text", user="text", cohort="text", source="text",
         labeler="text", outcome="text", prompt="text", chosen_text="text", chosen_variant="text",
         chosen_version="text", rejected_text="text", rejected_variant="text", rejected_version="text",
         chosen_position="text", propensity="float", shown_at="time", decided_s="float", reasons="texts",
-        comment="text", quality="int", edited="text", instructions="text",
+        comment="text", quality="int", edited="text", instructions="text", cluster="text",
     ),
     "feedback": _schema(
         completion_id="text", policy="text", user="text", prompt="text", completion_text="text", variant="text",
@@ -134,7 +134,7 @@ def _texts(event: PairShown | PreferenceRecorded | FeedbackRecorded, **texts: An
 
 def _pair(event: PairShown) -> Row:
     return {
-        **_same(event, "pair_id", "request_id", "policy", "user", "cohort", "propensity", "expires_at"),
+        **_same(event, "pair_id", "request_id", "policy", "user", "cohort", "propensity", "expires_at", "cluster"),
         **_texts(event, a_text=event.a.text, b_text=event.b.text),
         "a_variant": event.a.variant, "a_version": event.a.version,
         "b_variant": event.b.variant, "b_version": event.b.version,
@@ -145,7 +145,7 @@ def _preference(event: PreferenceRecorded) -> Row:
     chosen, rejected = event.chosen, event.rejected
     names = (
         "pair_id", "policy", "user", "cohort", "source", "labeler", "instructions", "outcome", "chosen_position",
-        "propensity", "shown_at", "decided_s", "quality",
+        "propensity", "shown_at", "decided_s", "quality", "cluster",
     )  # fmt: skip
     return {
         **_same(event, *names),

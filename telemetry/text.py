@@ -6,6 +6,7 @@ import re
 from hashlib import sha256
 from itertools import pairwise
 
+CLUSTER_CHARS = 2_000
 _WORD = re.compile(r"\w+|[^\w\s]")
 
 
@@ -26,8 +27,9 @@ def text_cluster(text: str) -> str:
 
     A MinHash (Broder 1997) of one permutation over the pairs of neighbouring content words: two texts share a cluster
     with the probability of their Jaccard similarity. Numbers and short words do not count, so that one template is one
-    cluster for the most part.
+    cluster for the most part. Only the first ``CLUSTER_CHARS`` characters are looked at.
     """
+    text = text[:CLUSTER_CHARS]
     content = [word for word in words(text) if len(word) > 3 and not word.isdigit()]
     grams = {f"{first} {second}" for first, second in pairwise(content)} or {" ".join(words(text))}
     return min(sha256(gram.encode()).hexdigest()[:12] for gram in grams)

@@ -2,7 +2,8 @@
 
     python -m deploy.kafka.broker --state DIR [--port 9092]
 
-It listens on loopback without encryption: for tests and trials. Production points ``kafka_bootstrap`` at a cluster.
+It listens on loopback, without encryption unless a caller sets it up: for tests and trials. Production points
+``kafka_bootstrap`` at a cluster.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ import sys
 import tempfile
 import time
 import uuid
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 VERSION = "4.1.0"
 POM = Path(__file__).with_name("pom.xml")
@@ -70,8 +73,18 @@ def free_port() -> int:
 class Broker:
     """One broker process over the data in ``state``; ``start`` again after ``kill`` keeps topics and entries."""
 
-    def __init__(self, state: Path, port: int = 0) -> None:
+    def __init__(
+        self,
+        state: Path,
+        port: int = 0,
+        *,
+        protocol: str = "PLAINTEXT",
+        settings: Mapping[str, object] = MappingProxyType({}),
+        formatting: Sequence[str] = (),
+    ) -> None:
+        """``protocol``: of its listener; ``settings``: further properties; ``formatting``: of the storage tool."""
         self.state = state
+        self._protocol, self._settings, self._formatting = protocol, settings, formatting
         self.port = port or free_port()
         self._controller_port = free_port()
         self._process: subprocess.Popen[bytes] | None = None
@@ -94,7 +107,15 @@ class Broker:
         self._write_properties()
         if not (self.state / "data" / "meta.properties").exists():
             cluster = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=").replace("-", "A")
-            arguments = ("kafka.tools.StorageTool", "format", "-t", cluster, "-c", str(self._properties))
+            arguments = (
+                "kafka.tools.StorageTool",
+                "format",
+                "-t",
+                cluster,
+                "-c",
+                str(self._properties),
+                *self._formatting,
+            )
             subprocess.run(self._java(*arguments), check=True, stdout=subprocess.DEVNULL)
         with (self.state / "broker.log").open("ab") as log:
             self._process = subprocess.Popen(
@@ -136,10 +157,11 @@ class Broker:
             f"""process.roles=broker,controller
 node.id=1
 controller.quorum.voters=1@{controller}
-listeners=PLAINTEXT://{self.bootstrap},CONTROLLER://{controller}
-advertised.listeners=PLAINTEXT://{self.bootstrap}
+listeners={self._protocol}://{self.bootstrap},CONTROLLER://{controller}
+advertised.listeners={self._protocol}://{self.bootstrap}
 controller.listener.names=CONTROLLER
-listener.security.protocol.map=PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT
+inter.broker.listener.name={self._protocol}
+listener.security.protocol.map={self._protocol}:{self._protocol},CONTROLLER:PLAINTEXT
 log.dirs={self.state / "data"}
 auto.create.topics.enable=false
 broker.heartbeat.interval.ms=500
@@ -148,6 +170,7 @@ offsets.topic.replication.factor=1
 transaction.state.log.replication.factor=1
 transaction.state.log.min.isr=1
 """
+            + "".join(f"{name}={value}\n" for name, value in self._settings.items())
         )
 
     def _wait(self, deadline: float) -> None:

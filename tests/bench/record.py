@@ -17,7 +17,7 @@ from typing import Any, Literal
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[2] / "README.md"
 MARK = re.compile(r"(<!-- numbers -->\n).*?(<!-- /numbers -->)", re.S)
-PACKAGES = ("ray", "torch", "transformers", "redis", "kafka-python", "deltalake")
+PACKAGES = ("ray", "torch", "transformers", "redis", "kafka-python", "deltalake", "trl", "peft")
 
 
 def row(

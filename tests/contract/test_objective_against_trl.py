@@ -175,7 +175,7 @@ def test_kto_is_that_of_trl(tiny_model: Path) -> None:
     kl = trainer._metrics["train"]["kl"][-1]
     encoded = policy.encode(pairs)
     ratio_N = policy.score(encoded).policy.chosen_B - policy.reference(encoded).chosen_B
-    ours = kto_loss(ratio_N, torch.tensor([text["label"] for text in texts]), kl, BETA).mean()
+    ours = kto_loss(ratio_N, torch.tensor([text["label"] for text in texts]), torch.full_like(ratio_N, kl), BETA).mean()
     assert ours.item() == pytest.approx(theirs.item(), rel=TOLERANCE)
     assert_gradients_agree(gradients(policy, ours), gradients(policy, theirs))
 

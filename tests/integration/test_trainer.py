@@ -42,7 +42,7 @@ from telemetry.events import (
 from telemetry.manifest import base_digest, base_version, read_version
 from telemetry.process import signing_key
 from tests.servers import RedisServer
-from tests.unit.online_trainer.kit import CONFIG, prompt_that_is, tiny_folder, tiny_policy, verdict
+from tests.unit.online_trainer.kit import CONFIG, prompt_that_is, thumb, tiny_folder, tiny_policy, verdict
 
 
 @pytest.fixture(scope="session")
@@ -78,7 +78,7 @@ class Bench:
         """As ``run`` does after a start: tell what is untold, read from the stored offsets, take turns."""
         self.trainer.tell()
         state = self.trainer._state()
-        reader = self.log.reader(("tiebreak.preferences.v1", VERSIONS), state.intake.offsets)
+        reader = self.log.reader(self.trainer.topics, state.intake.offsets)
         for _ in range(times):
             self.trainer.turn(reader, timeout_s=0.05)
         reader.close()
@@ -134,6 +134,23 @@ def test_a_verdict_in_another_topic_teaches_nothing(bench: Bench) -> None:
     bench.turn()
     intake = bench.trainer._state().intake
     assert {each.preference_id for each in (*intake.pending, *intake.replay)} == {each.event_id for each in given}
+
+
+def test_thumbs_are_learned_from_where_the_configuration_says_so(
+    telemetry_config: TelemetryConfig, tiny_model: Path
+) -> None:
+    thumbs = [thumb(n, rating=1 if n % 2 else -1) for n in range(4)]
+    deaf = Bench(telemetry_config, tiny_model)
+    deaf.append(*thumbs)
+    deaf.turn(2)
+    assert not deaf.batches()
+    bench = Bench(telemetry_config, tiny_model, msgspec.structs.replace(CONFIG, thumb_weight=1.0))
+    bench.turn(2)
+    (batch,) = bench.batches()
+    assert sorted(batch.preference_ids) == sorted(each.event_id for each in thumbs)
+    (version,) = bench.published()
+    assert version.preference_ids == batch.preference_ids
+    assert bench.store.read(version.version)
 
 
 def test_a_clock_that_was_set_back_holds_nothing_up(bench: Bench) -> None:

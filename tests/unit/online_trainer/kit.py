@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
@@ -12,7 +13,7 @@ from online_trainer.batches import PairTokens
 from online_trainer.config import TrainerConfig
 from online_trainer.ingest import Intake, IntakeState, is_held_out
 from online_trainer.policy import Policy, load_model
-from telemetry.events import Completion, Message, Outcome, PreferenceRecorded
+from telemetry.events import Completion, FeedbackRecorded, Message, Outcome, PreferenceRecorded
 
 START = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 CONFIG = TrainerConfig(
@@ -70,6 +71,20 @@ def verdict(
         propensity=1.0,
         shown_at=START,
         decided_s=1.0,
+    )
+
+
+def thumb(number: int, *, rating: Literal[1, -1] = 1, text: str = "yes yes!", prompt: str = "") -> FeedbackRecorded:
+    """Thumb ``number`` on a single answer."""
+    return FeedbackRecorded(
+        event_id=f"thumb-{number}-{rating}",
+        occurred_at=START + timedelta(seconds=number),
+        completion_id=f"completion-{number}",
+        policy="chat",
+        user=f"user-{number}",
+        prompt=(Message(role="user", content=prompt or f"question {number}"),),
+        completion=completion(text),
+        rating=rating,
     )
 
 

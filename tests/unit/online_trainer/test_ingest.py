@@ -7,7 +7,7 @@ import msgspec
 from online_trainer.ingest import Caps, IntakeState, is_held_out
 from telemetry.event_log import Entry, Position
 from telemetry.events import Message, PersonErased, PreferenceRetracted
-from tests.unit.online_trainer.kit import START, intake, prompt_that_is, verdict
+from tests.unit.online_trainer.kit import START, intake, prompt_that_is, thumb, verdict
 
 
 def retraction(number: int) -> PreferenceRetracted:
@@ -22,6 +22,19 @@ def test_a_verdict_seen_twice_waits_once() -> None:
     found.trained(found.next_batch(Caps(8)))
     found.record(verdict(1))
     assert not found.pending
+
+
+def test_a_thumb_waits_like_a_verdict_and_the_last_one_on_an_answer_counts() -> None:
+    found = intake(heldout_ratio=0.1)
+    found.record_thumb(thumb(1, rating=1, prompt=prompt_that_is(False)))
+    found.record_thumb(thumb(1, rating=1, prompt=prompt_that_is(False)))
+    found.record_thumb(thumb(1, rating=-1, prompt=prompt_that_is(False)))
+    found.record_thumb(thumb(2, text=" ", prompt=prompt_that_is(False)))
+    found.record_thumb(thumb(3, prompt=prompt_that_is(True)))
+    assert [(v.preference_id, v.thumb) for v in found.pending] == [("thumb-1--1", -1)]
+    assert found.dropped == [("thumb-1-1", "retracted"), ("thumb-2-1", "empty"), ("thumb-3-1", "held_out")]
+    assert not found.heldout, "there is no pair to judge by"
+    assert intake(found.state()).pending == found.pending
 
 
 def test_ties_identical_and_empty_answers_are_dropped_with_their_reason() -> None:

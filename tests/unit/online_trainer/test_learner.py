@@ -39,6 +39,35 @@ def test_a_taste_is_learned_and_carries_over_to_new_prompts(policy: Policy) -> N
     assert heldout(judged(policy, examples[4:], 0.1))["heldout_win_rate"] == 1.0
 
 
+def thumbs(policy: Policy) -> list[Example]:
+    """Liked answers with token 100, disliked ones with token 120."""
+    rows = [PairTokens((5 + n, 6 + n), (100 if n % 2 else 120, 100 + n), ()) for n in range(1, 7)]
+    return [
+        Example(str(n), encoded, thumb=1 if n % 2 else -1) for n, encoded in enumerate(policy.encode(rows), start=1)
+    ]
+
+
+def test_thumbs_teach_a_taste_alone_and_beside_pairs(policy: Policy) -> None:
+    found = learner(policy, with_settings(kl_budget=0.0))
+    pairs, single = taste(policy), thumbs(policy)
+    assert found.learn(single).agreement == {}
+    for _ in range(12):
+        found.learn(single)
+    assert heldout(judged(policy, pairs, 0.1))["heldout_win_rate"] == 1.0
+    mixed = found.learn([*pairs[:2], *single])
+    assert mixed.agreement.keys() == {"0", "1"} and mixed.metrics["rewards/accuracies"] == 1.0
+
+
+def test_a_thumb_down_on_everything_takes_likelihood_away(policy: Policy) -> None:
+    found = learner(policy, with_settings(kl_budget=0.0))
+    disliked = [example for example in thumbs(policy) if example.thumb < 0]
+    rows = [example.encoded for example in disliked]
+    before = policy.score(rows).policy.chosen_B
+    for _ in range(4):
+        found.learn(disliked)
+    assert bool((policy.score(rows).policy.chosen_B < before).all())
+
+
 def test_the_divergence_never_leaves_the_budget_however_hard_the_learner_pulls(policy: Policy) -> None:
     found = learner(policy, with_settings(kl_budget=0.01, learning_rate=0.1, warmup_steps=0))
     drift, shrunk = Drift(policy, TEXTS), []

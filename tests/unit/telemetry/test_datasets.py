@@ -73,6 +73,7 @@ def test_the_same_verdicts_are_the_same_data_set(store: Store, datasets: Dataset
     [
         (Filter(policy="other"), {10}),
         (Filter(cohort="beta"), {11}),
+        (Filter(cluster="0123456789ab"), {18}),
         (Filter(source="labeler"), {12}),
         (Filter(source="labeler", labeler="nobody"), set[int]()),
         (Filter(outcome="tie"), {13}),
@@ -86,6 +87,7 @@ def test_a_filter_chooses(chosen: Filter, expected: set[int], store: Store, data
     at = examples.SHOWN_AT
     put(
         store, given(10, policy="other", occurred_at=at), given(11, cohort="beta", occurred_at=at),
+        given(18, cluster="0123456789ab", occurred_at=at),
         given(12, source="labeler", labeler="eva", occurred_at=at), given(13, outcome="tie", occurred_at=at),
         given(14, rejected=examples.completion(1, version="v000007-aaaaaaaa"), occurred_at=at),
         given(17, rejected=replace(examples.completion(1), variant="chat-calm"), occurred_at=at),

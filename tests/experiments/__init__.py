@@ -1,0 +1,1 @@
+"""What a taste, mistakes, malice and a change of mind do to what is learned: ``make experiments``, seeded."""

