@@ -4,12 +4,13 @@
 #   make demo    the whole circle with simulated users, in about eight minutes
 #   make test    unit, contract, integration (a real Kafka, Redis, Prometheus), end to end
 #   make check   format, lint, strict types, import directions
-#   make chaos   every crash point with every fault on a real Kafka, then a count (40 minutes)
+#   make chaos   every crash point with every fault on a real Kafka, then a count (50 minutes)
 #   make simulate   20,000 seeds of the simulation
+#   make experiments   the trainer with simulated voters: tastes, mistakes, malice, a change of mind (hours)
 #   make bench   every figure of the README, measured here
 #   make test-vllm   the remote engine on a real vLLM, in an environment of its own (6 GB)
 
-.PHONY: help setup up test test-vllm chaos simulate demo check bench bench-serving pictures lock clean
+.PHONY: help setup up test test-vllm chaos simulate experiments demo check bench bench-serving pictures lock clean
 .DEFAULT_GOAL := help
 
 PYTHON := .venv/bin/python
@@ -51,10 +52,13 @@ test-vllm: setup
 	@HF_HUB_OFFLINE=1 exec $(PYTHON) -m pytest -q -s --timeout 600 tests/vllm
 
 chaos: setup
-	$(PYTHON) -m tests.chaos.sweep --rounds 1 --kill-rounds 10
+	$(PYTHON) -m tests.chaos.sweep --rounds 1 --kill-rounds 15
 
 simulate: setup
 	$(PYTHON) -m tests.simulation --seeds 20000
+
+experiments: setup
+	HF_HUB_OFFLINE=1 $(PYTHON) -m tests.experiments
 
 check: setup
 	.venv/bin/ruff format --check .

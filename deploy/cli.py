@@ -13,6 +13,7 @@ import msgspec
 from rich.table import Table
 
 from deploy import config
+from telemetry.config import TelemetryConfig
 from telemetry.configuration import InvalidConfiguration
 from telemetry.errors import StoreDamaged
 from telemetry.people import KeysAway, KeyUnusable
@@ -96,6 +97,10 @@ def parser() -> argparse.ArgumentParser:
     train = command("train", _train, "learn a data set to its end, and publish one version for release")
     train.add_argument("--dataset", required=True, metavar="ID", help="as `datasets list` shows it, or its beginning")
     train.add_argument("--passes", type=_positive, default=4, metavar="N", help="steps of each verdict (default 4)")
+    train.add_argument(
+        "--if-drifted", nargs=2, default=None, metavar=("FROM", "NATS"),
+        help="only if people prefer something else there than in data set FROM: KL of a feature above NATS (0.05, say)",
+    )  # fmt: skip
     _add_labels(command("labels", _labels, "give pairs to labelers, and take their labels in", ()), shared)
     text = "show who read, exported, changed or deleted what, or prove that trail whole"
     _add_audit(command("audit", _audit, text, ()), shared)
@@ -158,7 +163,9 @@ def _add_dlq(dlq: argparse.ArgumentParser, shared: argparse.ArgumentParser) -> N
 
 
 def _add_datasets(datasets: argparse.ArgumentParser, shared: argparse.ArgumentParser) -> None:
-    actions = datasets.add_subparsers(title="actions", metavar="create|list|diff|export", required=True, dest="action")
+    actions = datasets.add_subparsers(
+        title="actions", metavar="create|list|diff|drift|export", required=True, dest="action"
+    )
     text = "make a data set of the verdicts that the store holds now; prints its id, which is always the same set"
     create = actions.add_parser("create", parents=[shared], help=text, description=_sentence(text))
     for name in ("policy", "cohort", "cluster", "source", "labeler", "outcome", "variant", "version"):
@@ -173,6 +180,9 @@ def _add_datasets(datasets: argparse.ArgumentParser, shared: argparse.ArgumentPa
     text = "show which verdicts only one of two data sets has; exit 1 if there are any"
     diff = actions.add_parser("diff", parents=[shared], help=text, description=_sentence(text))
     diff.add_argument("ids", nargs=2, metavar="ID", help="as `list` shows it, or its beginning")
+    text = "show in what people prefer something else in one data set than in another"
+    moved = actions.add_parser("drift", parents=[shared], help=text, description=_sentence(text))
+    moved.add_argument("ids", nargs=2, metavar="ID", help="the earlier one, then the later one")
     text = "write a data set's verdicts, one JSON a line"
     export = actions.add_parser("export", parents=[shared], help=text, description=_sentence(text))
     export.add_argument("ids", nargs=1, metavar="ID", help="as `list` shows it, or its beginning")
@@ -310,6 +320,8 @@ def _datasets(options: argparse.Namespace) -> int:
                 return datasets.show_all(telemetry, console(), as_json=options.json)
             case "diff":
                 return datasets.diff(telemetry, *options.ids)
+            case "drift":
+                return datasets.drift(telemetry, options.ids[0], options.ids[1], console())
         return datasets.export_one(telemetry, options.ids[0], options.format, options.out)
     except (DatasetUnknown, DatasetChanged, LogUnavailable, ValueError) as error:
         print(f"tiebreak: {error}", file=sys.stderr)
@@ -328,14 +340,25 @@ def _train(options: argparse.Namespace) -> int:
 
     logs.configure("train")
     try:
-        deployment = config.prepared(config.load(options.config, state=options.state), prepare_model)
+        deployment = config.load(options.config, state=options.state)
+        if options.if_drifted and not _has_drifted(deployment.telemetry, options.dataset, *options.if_drifted):
+            return 0
+        deployment = config.prepared(deployment, prepare_model)
         trainer = convert_table(
             deployment.document["trainer"], "trainer", TrainerConfig, os.environ, where=str(options.config)
         )
         return train(deployment.telemetry, trainer, options.dataset, passes=options.passes)
-    except (DatasetUnknown, DatasetChanged, LogUnavailable, ModelUnavailable, TrainerError) as error:
+    except (DatasetUnknown, DatasetChanged, LogUnavailable, ModelUnavailable, TrainerError, ValueError) as error:
         print(f"tiebreak: {error}", file=sys.stderr)
         return 1
+
+
+def _has_drifted(telemetry: TelemetryConfig, dataset: str, before: str, nats: str) -> bool:
+    from deploy.datasets import drifted
+
+    feature, most = next(iter(drifted(telemetry, before, dataset).divergences.items()))
+    print(f"{feature}: KL {most:.3f} nats from {before}", file=sys.stderr)
+    return most > float(nats)
 
 
 def _labels(options: argparse.Namespace) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from datetime import datetime
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import msgspec
 from rich.console import Console
@@ -15,6 +15,7 @@ from deploy import audit
 from deploy.export import export
 from telemetry.config import TelemetryConfig, open_sealer
 from telemetry.datasets import Dataset, Datasets, Filter
+from telemetry.drift import OUTCOMES, Counts, counts, divergences
 from telemetry.store import trl_rows
 
 UNKNOWN: Final = "of pairs that are not in the store"
@@ -65,6 +66,32 @@ def diff(config: TelemetryConfig, before: str, after: str) -> int:
         print(f"{'-' if name in old else '+'} {name}")
     print(f"{len(old - new)} gone, {len(new - old)} new, {len(old & new)} in both", file=sys.stderr)
     return 1 if old ^ new else 0
+
+
+def drift(config: TelemetryConfig, before: str, after: str, console: Console) -> int:
+    """By how much, and in what, people prefer something else in one data set than in another."""
+    found = drifted(config, before, after)
+    table = Table("preferred", "KL, nats", *(f"{which} {name}" for which in ("before:", "after:") for name in OUTCOMES))
+    for name, value in found.divergences.items():
+        cells = [f"{counts[name][outcome]}" for counts in (found.old, found.new) for outcome in OUTCOMES]
+        table.add_row(name, f"{value:.3f}", *cells)
+    console.print(table)
+    return 0
+
+
+class Drift(NamedTuple):
+    """Two data sets, counted."""
+
+    old: Counts
+    new: Counts
+    divergences: dict[str, float]  # the largest first
+
+
+def drifted(config: TelemetryConfig, before: str, after: str) -> Drift:
+    """The divergence of the data set ``after`` from ``before``. Raises DatasetUnknown or DatasetChanged."""
+    datasets, sealer = Datasets(config.store_root), open_sealer(config)
+    old, new = (counts(datasets.verdicts(datasets.named(name), sealer)) for name in (before, after))
+    return Drift(old, new, divergences(old, new))
 
 
 def export_one(config: TelemetryConfig, name: str, form: str, out: str) -> int:

@@ -18,6 +18,7 @@ from deploy import audit
 from online_trainer.__main__ import load_policy
 from online_trainer.config import TrainerConfig
 from online_trainer.publish import VersionStore
+from online_trainer.tracking import open_tracker
 from online_trainer.trainer import Trainer
 from telemetry.config import TelemetryConfig, open_log, open_sealer
 from telemetry.datasets import Datasets
@@ -73,19 +74,22 @@ def train(telemetry: TelemetryConfig, config: TrainerConfig, name: str, *, passe
     audit.record(telemetry, "trained_on", dataset.id, verdicts=str(dataset.verdicts))
     state, model = telemetry.state_path, Path(config.model)
     config = replace(config, flush_s=0.0, rehearse_s=0.0, max_passes=passes, policy="", replay_window=dataset.verdicts)
-    log = DatasetLog(datasets.payloads(dataset), open_log(telemetry))
+    folder = state / "trainer" / config.variant / FOLDER / dataset.id
+    tracker, log = open_tracker(config, folder), DatasetLog(datasets.payloads(dataset), open_log(telemetry))
     try:
         trainer = Trainer(
             config,
             load_policy(config),
             log,
             VersionStore(state / "versions", config, signing_key(state), dataset=dataset.id),
-            folder=state / "trainer" / config.variant / FOLDER / dataset.id,
+            folder=folder,
             base_digest=base_digest(model),
             sealer=open_sealer(telemetry),
+            tracker=tracker,
         )
         version = trainer.finish()
     finally:
+        tracker.close()
         log.close()
     if not version:
         print(f"tiebreak: nothing of {dataset.id} became a version; the lines above say why", file=sys.stderr)

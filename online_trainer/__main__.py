@@ -15,6 +15,7 @@ from online_trainer.config import TrainerConfig
 from online_trainer.errors import TrainerError
 from online_trainer.policy import Policy, load_model
 from online_trainer.publish import VersionStore
+from online_trainer.tracking import open_tracker
 from online_trainer.trainer import Trainer
 from telemetry import logs, metrics, tracing
 from telemetry.config import TelemetryConfig, open_log, open_sealer
@@ -52,7 +53,7 @@ def serve(telemetry: TelemetryConfig, config: TrainerConfig, stop: threading.Eve
     torch.manual_seed(config.seed)
     provider = tracing.configure("trainer", otlp_endpoint=telemetry.otlp_endpoint)
     state, event_log = telemetry.state_path, open_log(telemetry)
-    policy = load_policy(config)
+    policy, tracker = load_policy(config), open_tracker(config, state / "trainer")
     trainer = Trainer(
         config,
         policy,
@@ -61,11 +62,13 @@ def serve(telemetry: TelemetryConfig, config: TrainerConfig, stop: threading.Eve
         folder=state / "trainer" / config.variant,
         base_digest=base_digest(Path(config.model)),
         sealer=open_sealer(telemetry),
+        tracker=tracker,
     )
     url = f"http://127.0.0.1:{metrics.expose(config.metrics_port)}/metrics"
     try:
         trainer.run(stop, lambda: announce_ready(state, "trainer", metrics_url=url))
     finally:
+        tracker.close()
         event_log.close()
         provider.shutdown()
 

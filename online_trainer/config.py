@@ -130,6 +130,11 @@ class TrainerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     # Tokens of one forward and backward pass; memory grows with it.
     micro_batch_tokens: int = 1024
 
+    # Where steps and versions are shown beside /metrics: MLflow or Weights & Biases, and the URI of its server or
+    # database; without one that is a file in the state folder (online_trainer/tracking.py).
+    tracking: Literal["", "mlflow", "wandb"] = ""
+    tracking_uri: str = ""
+
     # Seconds between two published versions at least.
     publish_interval_s: float = 15.0
     # Tokens of each probe answer, and the prompts: what a version's offline numbers are measured on.

@@ -3,6 +3,7 @@
 TrainerError
 ├── InvalidCheckpoint
 ├── IncompatibleAdapter
+├── TrackerMissing
 └── UnusableExamples
 """
 
@@ -21,6 +22,16 @@ class InvalidCheckpoint(TrainerError):
 
 class IncompatibleAdapter(TrainerError):
     """The adapter's tensors do not fit this trainer's policy: other rank, layers or targets."""
+
+
+class TrackerMissing(TrainerError):
+    """Runs are to be tracked by something that is not installed."""
+
+    def __init__(self, tracking: str, packages: Collection[str]) -> None:
+        wanted = ", ".join(packages)
+        super().__init__(
+            f'[trainer] tracking = "{tracking}" needs {wanted}: install tiebreak[tracking], or leave it ""'
+        )
 
 
 class UnusableExamples(TrainerError):

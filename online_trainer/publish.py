@@ -51,6 +51,10 @@ class VersionStore:
     def _folder(self) -> Path:
         return self._root / self._config.variant
 
+    def folder(self, version: str) -> Path:
+        """Where a version lies."""
+        return self._folder / version
+
     def next_sequence(self) -> int:
         """One more than any version in the store has, whoever put it there."""
         found = (VERSION_PATTERN.match(path.name) for path in self._folder.glob("v*"))
@@ -75,7 +79,7 @@ class VersionStore:
 
     def read(self, version: str) -> dict[str, Tensor]:
         """A version's adapter, checked; raises FileNotFoundError or UntrustedVersion."""
-        folder = self._folder / version
+        folder = self.folder(version)
         read_version(folder, self._key)
         return load_file(folder / ADAPTER_FILE)
 
@@ -100,7 +104,7 @@ class VersionStore:
             parent=manifest.parent,
             base=manifest.base,
             digest=manifest_digest(manifest),
-            uri=str(self._folder / version),
+            uri=str(self.folder(version)),
             step=manifest.step,
             preference_ids=manifest.preference_ids,
             oldest_verdict_at=oldest_verdict_at,

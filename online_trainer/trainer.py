@@ -30,6 +30,7 @@ from online_trainer.lineage import Lineage
 from online_trainer.objective import KNOW_TIES
 from online_trainer.policy import Policy
 from online_trainer.publish import Draft, VersionStore, derived_id
+from online_trainer.tracking import Nobody, Tracker
 from telemetry import metrics, tracing
 from telemetry.crashpoints import reach
 from telemetry.event_log import Entry, EventLog, LogUnavailable, Reader
@@ -62,6 +63,7 @@ POLL_ENTRIES = 256
 POLL_S = 0.5
 RETRY_S = 1.0
 STEP_BACK = 0.7  # of the adapter that strays: half of its KL
+JUDGED_PAIRS = 8  # that a version is asked about of each kind that is no held-out one
 MAX_RETREATS = 2  # to versions that users did not confirm, in a row
 RESETTING = frozenset({"rejected", "rolled_back"})
 
@@ -79,10 +81,12 @@ class Trainer:
         folder: Path,
         base_digest: str,
         sealer: Sealer,
+        tracker: Tracker | None = None,
         now: Callable[[], datetime] = utc_now,
     ) -> None:
         self._config, self._policy, self._log, self._store = config, policy, event_log, store
         self._folder, self._base_digest, self._sealer, self._now = folder, base_digest, sealer, now
+        self._tracker = tracker or Nobody()
         self._examples = Examples(policy, config, base_version(base_digest))
         self._prompts = evaluate.probe_prompts(policy, config.probes, config.max_prompt_tokens)
         drift, self._base_metrics = evaluate.base_yardsticks(
@@ -357,6 +361,7 @@ class Trainer:
             metrics.LABEL_AGE.labels(variant).set(ages[len(ages) // 2])
         for name, value in values.items():
             metrics.TRAIN_VALUE.labels(variant, name).set(value)
+        self._tracker.stepped(self._learner.step, values)
         ids = {"action": "step_taken", "step": self._learner.step, "pairs": len(batch), "kl": round(values["kl"], 4)}
         log.info("trained", extra=ids | {"margin": round(values["rewards/margins"], 4)})
 
@@ -384,6 +389,7 @@ class Trainer:
         event = self._store.announcement(version, manifest, self._lineage.oldest_verdict_at)
         self._lineage, self._published_at = self._lineage.published(version), self._now()
         self._commit([event])
+        self._tracker.published(version, manifest, self._store.folder(version))
         if "heldout_win_rate" in draft.metrics:
             win_rate = draft.metrics["heldout_win_rate"]
             metrics.HELDOUT_WIN_RATE.labels(self._config.variant, version).set(win_rate)
@@ -404,17 +410,20 @@ class Trainer:
             self._learner.step_back(STEP_BACK)
             own = self._probe()
         values = {**self._base_metrics, **own, "capability_perplexity": self._capability()}
-        for name in ("heldout", "aged", "regression"):
-            found = self._judged(getattr(self._intake, name))
-            values |= evaluate.heldout(found, name) | (evaluate.curve(found) if name == "heldout" else {})
-        seen = self._judged(self._intake.replay)
+        held_out = self._judged(self._intake.heldout)
+        values |= evaluate.heldout(held_out) | evaluate.curve(held_out)
+        for name in ("aged", "regression"):
+            values |= evaluate.heldout(self._judged(self._few(getattr(self._intake, name))), name)
+        few = self._few(self._intake.replay)
+        seen = self._judged(few)
         values |= evaluate.heldout(seen, "replay")
-        right = [
-            v for v, margin in zip(_with_sides(self._intake.replay), seen.margin_B.tolist(), strict=True) if margin > 0
-        ]
-        self._intake.got_right(right)
+        self._intake.got_right(v for v, margin in zip(few, seen.margin_B.tolist(), strict=True) if margin > 0)
         self._learner.estimate_flips(self._examples.of(self._intake.heldout))
         return values | {"flip_rate": self._learner.flips}
+
+    def _few(self, verdicts: Sequence[Verdict]) -> list[Verdict]:
+        """Some of those that say what is better, others each time: a version must not wait for all of them."""
+        return self._learner.shuffled(_with_sides(verdicts))[:JUDGED_PAIRS]
 
     def _judged(self, verdicts: Sequence[Verdict]) -> Judged:
         return evaluate.judged(self._policy, self._examples.of(_with_sides(verdicts)), self._config.beta)

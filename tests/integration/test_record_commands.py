@@ -85,6 +85,24 @@ def test_a_data_set_is_made_listed_compared_and_exported(
     assert len(out.read_text().splitlines()) == 5
 
 
+def test_what_people_prefer_otherwise_is_shown_and_nothing_is_trained_where_that_is_nothing(
+    recorder: RecorderProcess, run: Run, log: EventLog, telemetry_config: TelemetryConfig
+) -> None:
+    _, first, _ = run("datasets", "create")
+    event = replace(examples.preference(9), user=ANN)
+    event = replace(event, chosen=replace(event.chosen, text="Why? And what then?"))
+    event = open_sealer(telemetry_config).seal(event)
+    append(log, event)
+    wait_for(lambda: event.event_id in stored_ids(telemetry_config), "the verdict is stored")
+    _, second, _ = run("datasets", "create")
+    status, shown, _ = run("datasets", "drift", first.strip(), second.strip())
+    assert status == 0
+    questions = next(line.split() for line in shown.splitlines() if "questions" in line)
+    assert questions[2:] == ["0", "4", "0", "1", "4", "0"]
+    status, out, told = run("train", "--dataset", second.strip(), "--if-drifted", first.strip(), "9")
+    assert (status, out) == (0, "") and f"nats from {first.strip()}" in told
+
+
 def examples_id(event: Any) -> str:
     return str(event.event_id)
 

@@ -1,0 +1,195 @@
+"""What a trainer shows to MLflow or Weights & Biases: its settings, each step's numbers, each version.
+
+Neither is needed to train, and neither can hold training up: what is to be shown waits in a queue for a thread, and
+what a tracker cannot take is left out with a word in the log. Packages of the extra ``tracking``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+import msgspec
+
+from online_trainer.config import TrainerConfig
+from online_trainer.errors import TrackerMissing
+from telemetry.manifest import Manifest
+
+log = logging.getLogger(__name__)
+WAITING: Final = 1_000  # things to show, at most; more are left out
+CLOSE_WAIT_S: Final = 20.0
+EXPERIMENT: Final = "tiebreak"
+TRAINER_TAG: Final = "tiebreak.trainer"
+PACKAGES: Final = {"mlflow": ("mlflow", "sqlalchemy", "alembic"), "wandb": ("wandb",)}
+
+
+class Tracker(Protocol):
+    """Where a trainer's numbers go."""
+
+    def stepped(self, step: int, values: Mapping[str, float]) -> None:
+        """A step was taken."""
+
+    def published(self, version: str, manifest: Manifest, folder: Path) -> None:
+        """A version lies in ``folder``."""
+
+    def close(self) -> None:
+        """Nothing more comes."""
+
+
+class Nobody:
+    """Tracks nothing."""
+
+    def stepped(self, step: int, values: Mapping[str, float]) -> None:
+        """Not shown."""
+
+    def published(self, version: str, manifest: Manifest, folder: Path) -> None:
+        """Not shown."""
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class MlflowTracker:
+    """One MLflow run a trainer, found again after a restart; its versions are versions of a registered model."""
+
+    def __init__(self, uri: str, config: TrainerConfig, state: Path) -> None:
+        from mlflow import MlflowClient  # seconds to load
+
+        self._client, self._model = MlflowClient(uri, registry_uri=uri), f"{EXPERIMENT}-{config.variant}"
+        found = self._client.get_experiment_by_name(EXPERIMENT)
+        artifacts = None if "://" in uri and not uri.startswith("sqlite") else (state / "mlflow").as_uri()
+        experiment = found.experiment_id if found else self._client.create_experiment(EXPERIMENT, artifacts)
+        name = trainer_id(config, state)
+        known = self._client.search_runs([experiment], f"tags.`{TRAINER_TAG}` = '{name}'", max_results=1)
+        if known:
+            self._run: Any = known[0].info.run_id
+        else:
+            tags = {TRAINER_TAG: name}
+            self._run = self._client.create_run(experiment, tags=tags, run_name=config.variant).info.run_id
+            for key, value in msgspec.structs.asdict(config).items():
+                self._client.log_param(self._run, key, str(value)[:500])
+        self._register()
+
+    def _register(self) -> None:
+        from mlflow.exceptions import MlflowException
+
+        with suppress(MlflowException):  # it is there
+            self._client.create_registered_model(self._model)
+
+    def stepped(self, step: int, values: Mapping[str, float]) -> None:
+        from mlflow.entities import Metric
+
+        at_ms = int(time.time() * 1000)
+        self._client.log_batch(self._run, [Metric(name, value, at_ms, step) for name, value in values.items()])
+
+    def published(self, version: str, manifest: Manifest, folder: Path) -> None:
+        if self._client.search_model_versions(f"name = '{self._model}' and tags.version = '{version}'"):
+            return  # before a restart
+        self.stepped(manifest.step, {f"version/{name}": value for name, value in manifest.metrics.items()})
+        self._client.log_artifacts(self._run, str(folder), version)
+        tags = {"version": version, "parent": manifest.parent, "verdicts": str(len(manifest.preference_ids))}
+        if dataset := manifest.training.get("dataset"):
+            tags["dataset"] = str(dataset)
+        source = f"{self._client.get_run(self._run).info.artifact_uri}/{version}"
+        self._client.create_model_version(self._model, source, self._run, tags=tags)
+
+    def close(self) -> None:
+        self._client.set_terminated(self._run)
+
+
+class WandbTracker:
+    """One run of Weights & Biases a trainer, which a restart goes on with; without a server's URL it stays on disk."""
+
+    def __init__(self, uri: str, config: TrainerConfig, state: Path) -> None:
+        import wandb
+
+        self._wandb = wandb
+        settings = wandb.Settings(silent=True, console="off")
+        if uri:
+            settings.base_url = uri
+        self._run: Any = wandb.init(
+            project=EXPERIMENT, name=config.variant, id=trainer_id(config, state), resume="allow", dir=str(state),
+            mode="online" if uri else "offline", config=msgspec.to_builtins(config), settings=settings,
+        )  # fmt: skip
+
+    def stepped(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values), step=step)
+
+    def published(self, version: str, manifest: Manifest, folder: Path) -> None:
+        found = {"version": version, "parent": manifest.parent, "verdicts": len(manifest.preference_ids)}
+        artifact = self._wandb.Artifact(manifest.variant, "model", metadata=found | dict(manifest.training))
+        artifact.add_dir(str(folder))
+        self._run.log_artifact(artifact, aliases=[version])
+        self._run.summary.update({f"version/{name}": value for name, value in manifest.metrics.items()})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class Behind:
+    """A tracker in a thread of its own, which neither waits for it nor falls with it."""
+
+    def __init__(self, make: Callable[[], Tracker]) -> None:
+        """``make`` may take its time, or fail."""
+        self._queue: queue.Queue[Callable[[Tracker], None] | None] = queue.Queue(WAITING)
+        self._make = make
+        self._thread = threading.Thread(target=self._show, name="tracking", daemon=True)
+        self._thread.start()
+
+    def stepped(self, step: int, values: Mapping[str, float]) -> None:
+        kept = dict(values)
+        self._put(lambda tracker: tracker.stepped(step, kept))
+
+    def published(self, version: str, manifest: Manifest, folder: Path) -> None:
+        self._put(lambda tracker: tracker.published(version, manifest, folder))
+
+    def close(self) -> None:
+        """Show what waits, for some seconds at most."""
+        self._put(None)
+        self._thread.join(CLOSE_WAIT_S)
+
+    def _put(self, thing: Callable[[Tracker], None] | None) -> None:
+        try:
+            self._queue.put_nowait(thing)
+        except queue.Full:
+            log.warning("not tracked: the tracker is too slow", extra={"action": "not_tracked"})
+
+    def _show(self) -> None:
+        tracker: Tracker | None = None
+        while (thing := self._queue.get()) is not None:
+            try:
+                tracker = tracker or self._make()
+                thing(tracker)
+            except Exception as error:  # noqa: BLE001 - whatever a tracker raises, training goes on
+                log.warning("not tracked: %s", error, extra={"action": "not_tracked"})
+        if tracker:
+            try:
+                tracker.close()
+            except Exception as error:  # noqa: BLE001 - as above
+                log.warning("tracker not closed: %s", error, extra={"action": "not_tracked"})
+
+
+def open_tracker(config: TrainerConfig, state: Path) -> Tracker:
+    """The configured one. Raises TrackerMissing where its packages are not installed."""
+    if not config.tracking:
+        return Nobody()
+    if missing := [name for name in PACKAGES[config.tracking] if importlib.util.find_spec(name) is None]:
+        raise TrackerMissing(config.tracking, missing)
+    uri = config.tracking_uri
+    if config.tracking == "mlflow":
+        uri = uri or f"sqlite:///{state / 'mlflow.db'}"
+        return Behind(lambda: MlflowTracker(uri, config, state))
+    return Behind(lambda: WandbTracker(uri, config, state))
+
+
+def trainer_id(config: TrainerConfig, state: Path) -> str:
+    """The same for a trainer that is started again, and no other's."""
+    return hashlib.sha256(f"{state.resolve()}/{config.variant}/{config.model}".encode()).hexdigest()[:16]
