@@ -114,6 +114,15 @@ ROLLED_BACK = Alert(
     description="Users had met it. The reason is in the list of releases.",
     labels={"indicator": "M3", "team": "ml-training"},
 )
+WENT_ASTRAY = Alert(
+    name="TiebreakLearnerWentAstray",
+    severity="ticket",
+    expr="sum by (variant) (increase(tiebreak_went_astray_total[1h])) >= 3",
+    for_="0m",
+    summary="The trainer of {{ $labels.variant }} goes back again and again",
+    description="{{ $value | humanize }} times in an hour its weights had turned before they were published.",
+    labels={"indicator": "M3", "team": "ml-training"},
+)
 DEAD_LETTERS = Alert(
     name="TiebreakDeadLetters",
     severity="ticket",
@@ -156,7 +165,7 @@ def alerts() -> list[Alert]:
     burns = [alert for objective in OBJECTIVES for alert in budget_alerts(objective)]
     found = [
         PIPELINE_OUTAGE, WIN_RATE_DROP, SAFETY_SPIKE, PROCESS_DOWN, *burns,
-        SAFETY_OBJECTIVE, INGESTION_SLOW, RETRAIN_DELAYED, ROLLED_BACK, DEAD_LETTERS,
+        SAFETY_OBJECTIVE, INGESTION_SLOW, RETRAIN_DELAYED, ROLLED_BACK, WENT_ASTRAY, DEAD_LETTERS,
     ]  # fmt: skip
     return sorted(found, key=lambda alert: alert.severity)
 

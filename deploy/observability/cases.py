@@ -11,6 +11,7 @@ from deploy.observability.alerts import alerts
 
 BEFORE = 200  # minutes of normal life where a case needs a past
 ROUTER = 'instance="router:1", job="tiebreak", process="router"'
+TRAINER = 'instance="trainer:1", job="tiebreak", process="trainer"'
 RECORDER = 'instance="recorder:1", job="tiebreak", process="recorder"'
 RELEASE = 'instance="release:1", job="tiebreak", process="release"'
 SAFETY = ("TiebreakSafetySpike", "TiebreakSafetyObjectiveMissed")
@@ -35,6 +36,7 @@ def document() -> dict[str, Any]:
             _case("the recorder lags", lagging(), at=60, firing=("TiebreakIngestionSlow",)),
             _case("verdicts wait for an hour", delayed(), at=60, firing=("TiebreakRetrainDelayed",)),
             _case("a version was rolled back", rolled_back(), at=60, firing=("TiebreakVersionRolledBack",)),
+            _case("weights turned four times", astray(), at=60, firing=("TiebreakLearnerWentAstray",)),
             _case("an entry nobody understands", dead_letter(), at=60, firing=("TiebreakDeadLetters",)),
         ],
     }  # fmt: skip
@@ -112,6 +114,10 @@ def delayed() -> Series:
 
 def rolled_back() -> Series:
     return healthy() | {f'tiebreak_release_changes_total{{variant="v", state="rolled_back", {RELEASE}}}': "0x55 1x500"}
+
+
+def astray() -> Series:
+    return healthy() | {f'tiebreak_went_astray_total{{variant="v", {TRAINER}}}': "0x20 1x10 2x10 3x10 4x450"}
 
 
 def dead_letter() -> Series:
