@@ -63,7 +63,7 @@ POLL_ENTRIES = 256
 POLL_S = 0.5
 RETRY_S = 1.0
 STEP_BACK = 0.7  # of the adapter that strays: half of its KL
-JUDGED_PAIRS = 8  # that a version is asked about of each kind that is no held-out one
+JUDGED_PAIRS = 4  # that a version is asked about of each kind that is no held-out one
 MAX_RETREATS = 2  # to versions that users did not confirm, in a row
 RESETTING = frozenset({"rejected", "rolled_back"})
 

