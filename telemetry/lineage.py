@@ -12,7 +12,16 @@ from pathlib import Path
 import msgspec
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 
-from telemetry.events import PREFERENCES, VERSIONS, BatchTrained, PreferenceRecorded, ReleaseChanged, VersionPublished
+from telemetry.events import (
+    FEEDBACK,
+    PREFERENCES,
+    VERSIONS,
+    BatchTrained,
+    FeedbackRecorded,
+    PreferenceRecorded,
+    ReleaseChanged,
+    VersionPublished,
+)
 from telemetry.store import read
 
 
@@ -104,9 +113,11 @@ class Lineages:
 
     def of_person(self, user: str) -> tuple[str, ...]:
         """The versions that learned from a person (by pseudonym), or descend from one that did; oldest first."""
-        wanted = (pc.field("user") == user) & (pc.field("type") == PreferenceRecorded.__name__)
-        rows = read(self._root, PREFERENCES, columns=["preference_id"], wanted=wanted)
-        theirs = set(rows["preference_id"].to_pylist())
+        given = ((PREFERENCES, PreferenceRecorded), (FEEDBACK, FeedbackRecorded))
+        theirs: set[str] = set()
+        for topic, event in given:
+            wanted = (pc.field("user") == user) & (pc.field("type") == event.__name__)
+            theirs |= set(read(self._root, topic, columns=["event_id"], wanted=wanted)["event_id"].to_pylist())
         return tuple(
             name for name in self._published if any(theirs & set(each.preference_ids) for each in self.ancestry(name))
         )

@@ -89,3 +89,18 @@ def test_what_the_store_does_not_hold_is_said(root: Path, tmp_path: Path) -> Non
         lineages.verdict("no-such-verdict")
     with pytest.raises(NotRecorded):
         Lineages(tmp_path / "nowhere")
+
+
+def test_a_person_is_in_every_version_that_learned_from_a_verdict_or_thumb_of_theirs(tmp_path: Path) -> None:
+    verdict = msgspec.structs.replace(examples.preference(1), user="ann")
+    thumb = msgspec.structs.replace(examples.feedback(2), user="bob")
+    record(
+        tmp_path, verdict, thumb,
+        examples.published(ONE, [verdict.event_id]),
+        examples.published(TWO, [thumb.event_id], parent=ONE),
+        examples.published(THREE, [], parent=examples.BASE),
+    )  # fmt: skip
+    lineages = Lineages(tmp_path)
+    assert lineages.of_person("ann") == (ONE, TWO)
+    assert lineages.of_person("bob") == (TWO,)
+    assert lineages.of_person("eve") == ()
