@@ -135,7 +135,7 @@ class TrainerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     tracking: Literal["", "mlflow", "wandb"] = ""
     tracking_uri: str = ""
 
-    # Seconds between two published versions at least.
+    # Seconds between two published versions at least; three times as many while a full step of verdicts waits.
     publish_interval_s: float = 15.0
     # Tokens of each probe answer, and the prompts: what a version's offline numbers are measured on.
     probe_tokens: int = 16

@@ -63,6 +63,7 @@ POLL_ENTRIES = 256
 POLL_S = 0.5
 RETRY_S = 1.0
 STEP_BACK = 0.7  # of the adapter that strays: half of its KL
+BEHIND_WAITS = 3.0  # publish_interval_s that a version waits for, at most, while verdicts wait for a step
 JUDGED_PAIRS = 4  # that a version is asked about of each kind that is no held-out one
 MAX_RETREATS = 2  # to versions that users did not confirm, in a row
 RESETTING = frozenset({"rejected", "rolled_back"})
@@ -400,7 +401,11 @@ class Trainer:
         return bool(self._lineage.preference_ids) or (self._lineage.steps > 0 and self._is_rehearsed())
 
     def _may_publish(self) -> bool:
-        return self._published_at is None or self._is_due(self._published_at, self._config.publish_interval_s)
+        """Whether the last version is old enough; while a full step waits, new verdicts come first for a while."""
+        if self._published_at is None:
+            return True
+        is_behind = len(self._intake.next_batch(self._caps(self._config.batch_pairs))) == self._config.batch_pairs
+        return self._is_due(self._published_at, self._config.publish_interval_s * (BEHIND_WAITS if is_behind else 1.0))
 
     def _evaluation(self) -> dict[str, float]:
         """What the release gate reads."""

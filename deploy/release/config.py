@@ -105,6 +105,8 @@ class CanaryConfig(_Table, frozen=True):
     # Or, where neither canary nor stable was asked anything for so many seconds, the held-out win rate alone (probes it
     # has passed before): what was clicked last is not thrown away because everybody went home.
     quiet_s: float = 30.0
+    # Held-out verdicts that it is judged by then, at least.
+    min_heldout_pairs: int = 5
     # Share of verdicts (ties count half) that canary must win.
     min_win_rate: float = 0.5
     # Verdicts before a bad win rate may end a canary, and the confidence (z, two-sided) it then needs.

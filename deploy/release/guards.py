@@ -134,7 +134,9 @@ def _has_heldout(metrics: Mapping[str, float], limits: ReleaseConfig) -> bool:
 def _stands_by_heldout(mine: Summary, score: Score, metrics: Mapping[str, float], limits: ReleaseConfig) -> bool:
     """Held-out verdicts speak for it, and nothing that was seen live speaks against it."""
     is_behind = score.verdicts > 0 and score.win_rate < limits.canary.min_win_rate
-    return _has_heldout(metrics, limits) and not is_behind and not mine.errors
+    is_judged = metrics.get("heldout_pairs", 0.0) >= limits.canary.min_heldout_pairs
+    is_right = metrics.get("heldout_win_rate", 0.0) >= limits.gate.min_heldout_win_rate
+    return is_judged and is_right and not is_behind and not mine.errors
 
 
 def _promotion(

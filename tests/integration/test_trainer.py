@@ -42,7 +42,7 @@ from telemetry.events import (
 from telemetry.manifest import base_digest, base_version, read_version
 from telemetry.process import signing_key
 from tests.servers import RedisServer
-from tests.unit.online_trainer.kit import CONFIG, prompt_that_is, thumb, tiny_folder, tiny_policy, verdict
+from tests.unit.online_trainer.kit import CONFIG, START, prompt_that_is, thumb, tiny_folder, tiny_policy, verdict
 
 
 @pytest.fixture(scope="session")
@@ -250,6 +250,22 @@ def test_unusable_retracted_and_held_out_verdicts_are_told_as_dropped(
     reasons = {"preference-1": "no_preference", "preference-2": "held_out", "preference-3": "retracted"}
     assert dict(report.dropped) == reasons and report.preference_ids == ()
     assert not bench.published()
+
+
+def test_while_full_steps_wait_they_come_before_the_next_version(
+    telemetry_config: TelemetryConfig, tiny_model: Path
+) -> None:
+    config = msgspec.structs.replace(CONFIG, publish_interval_s=2.0)
+    bench, now = Bench(telemetry_config, tiny_model, config), [START]
+    bench.trainer._now = lambda: now[0]
+    bench.append(*(verdict(n) for n in range(16)))
+    bench.turn()
+    assert len(bench.published()) == 1
+    now[0] += timedelta(seconds=3)
+    bench.turn()
+    assert (len(bench.batches()), len(bench.published())) == (2, 1), "two steps still wait"
+    bench.turn(2)
+    assert (len(bench.batches()), len(bench.published())) == (4, 2)
 
 
 def test_a_restarted_trainer_goes_on_and_trains_nothing_twice(bench: Bench) -> None:

@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,6 +26,7 @@ from online_trainer.ingest import IntakeState, Verdict
 from online_trainer.learner import Example, Lesson
 from online_trainer.lineage import Lineage
 from online_trainer.publish import Draft, derived_id
+from online_trainer.tracking import Nobody
 from online_trainer.trainer import Trainer
 from router.claims import CLAIM, MARK
 from telemetry.event_log import Entry, LogUnavailable, Offsets, Position
@@ -365,6 +367,9 @@ class Versions:
     def read(self, version: str) -> dict[str, Any]:
         return self.versions[version][1]
 
+    def folder(self, version: str) -> Path:
+        return Path(version)
+
     def unannounced(self, parent: str, step: int, preference_ids: tuple[str, ...]) -> tuple[str, Draft] | None:
         for name, (draft, _) in reversed(self.versions.items()):
             if (draft.parent, draft.step, draft.preference_ids) == (parent, step, preference_ids):
@@ -397,7 +402,7 @@ class SimulatedTrainer(Trainer):
     def __init__(self, world: World, log: Log, disk: Checkpoints, versions: Versions) -> None:
         self._config, self._log, self._store = CONFIG, log, versions  # type: ignore[assignment]
         self._folder, self._base_digest, self._now = disk, DIGEST, world.now  # type: ignore[assignment]
-        self._sealer = Sealer(None)
+        self._sealer, self._tracker = Sealer(None), Nobody()
         self.weights = self._policy = self._learner = Weights(world)  # type: ignore[assignment]
         self._examples = Examples()  # type: ignore[assignment]
         self._published_at, self._learned_at, self._oldest_drop_at = None, world.now(), None

@@ -158,6 +158,14 @@ def test_a_canary_that_nobody_asks_any_more_is_promoted_by_its_heldout_win_rate(
     assert (story.state.route.stable, "quiet" in story.changes[-1].reason) == (V1, True)
 
 
+@pytest.mark.parametrize(("pairs", "win_rate", "is_promoted"), [(5, 0.6, True), (4, 1.0, False), (9, 0.4, False)])
+def test_when_nobody_asks_a_few_heldout_pairs_decide(pairs: int, win_rate: float, is_promoted: bool) -> None:
+    story = Story()
+    story.to_canary(V1, metrics=GOOD_METRICS | {"heldout_pairs": float(pairs), "heldout_win_rate": win_rate})
+    story.wait(LIMITS.canary.quiet_s + 1)
+    assert (story.state.route.stable == V1) is is_promoted
+
+
 def test_while_the_log_is_not_read_to_its_end_nothing_counts_as_quiet() -> None:
     story = Story()
     story.to_canary(V1)
