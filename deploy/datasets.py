@@ -71,7 +71,8 @@ def diff(config: TelemetryConfig, before: str, after: str) -> int:
 def drift(config: TelemetryConfig, before: str, after: str, console: Console) -> int:
     """By how much, and in what, people prefer something else in one data set than in another."""
     found = drifted(config, before, after)
-    table = Table("preferred", "KL, nats", *(f"{which} {name}" for which in ("before:", "after:") for name in OUTCOMES))
+    names = [f"{which} {name}" for which in ("before:", "after:") for name in OUTCOMES]
+    table = Table("preferred", "KL, nats", *names, box=None)
     for name, value in found.divergences.items():
         cells = [f"{counts[name][outcome]}" for counts in (found.old, found.new) for outcome in OUTCOMES]
         table.add_row(name, f"{value:.3f}", *cells)

@@ -27,11 +27,12 @@ _database_numbers = itertools.count(1)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Two habits of kafka-python 3.0.12 that we cannot mend: deprecated calls, and sockets whose connection was
-    refused, which it leaves to the garbage collector."""
+    """Two habits of kafka-python 3.0.12 that we cannot mend: deprecated calls, and sockets whose connection or password
+    was refused, which it leaves to the garbage collector."""
     for warning in (
         "ignore:(read|open)_text is deprecated:DeprecationWarning",
         r"ignore:unclosed <socket.socket fd=\d+, family=2, type=1, proto=6, laddr=\('0.0.0.0', \d+\)>:ResourceWarning",
+        r"ignore:unclosed <ssl.SSLSocket fd=\d+:ResourceWarning",
     ):
         config.addinivalue_line("filterwarnings", warning)
 
