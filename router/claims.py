@@ -34,7 +34,8 @@ LOCK_KEY: Final = "tiebreak:verdict-lock:"
 TOPIC: Final = TOPIC_OF[PreferenceRecorded]
 
 # KEYS verdict, lock, receipt, stream; ARGV claim, its life in s, the lock's in ms, how many words of the receipt,
-# then these, then the words of the stream's entry (none: another log, which the caller appends to)
+# then these (pair_id first: it stands in the receipt from here on, so that who reads it knows of the claim), then the
+# words of the stream's entry (none: another log, which the caller appends to)
 # → claim that holds, where it was durable before, whether the caller's, where it is durable now
 CLAIM: Final = Script("""
 redis.call('HSETNX', KEYS[1], 'claim', ARGV[1])
@@ -44,6 +45,7 @@ if before then return {kept, before, 0, ''} end
 redis.call('EXPIRE', KEYS[1], ARGV[2])
 local entry = 5 + ARGV[4]
 if kept ~= ARGV[1] or #ARGV < entry then
+  redis.call('HSETNX', KEYS[3], ARGV[5], ARGV[6])
   return {kept, '', redis.call('SET', KEYS[2], '1', 'NX', 'PX', ARGV[3]) and 1 or 0, ''}
 end
 if redis.call('EXISTS', KEYS[2]) == 1 then return {kept, '', 0, ''} end

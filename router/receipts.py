@@ -105,12 +105,19 @@ class ReceiptBook:
         fields = await found_soon(lambda: self._accepted(preference_id))
         if fields is None and not is_written:
             raise Unavailable("This receipt is being written.", code="state_unavailable", retry_after_s=1.0)
+        if fields is None and await self._is_claimed(preference_id):
+            # its router may have died between acknowledgement and mark: the recorder writes it within seconds
+            raise Unavailable("This receipt is being written.", code="state_unavailable", retry_after_s=1.0)
         if fields is None:
             raise NotFound("There is no such preference.", code="preference_not_found")
         verdict = await self._claims.verdict(fields[b"pair_id"].decode())
         if verdict and verdict.claim.caller != caller.name:
             raise Forbidden("This verdict was given with another key.")
         return fields, verdict
+
+    async def _is_claimed(self, preference_id: str) -> bool:
+        pair_id = await cast(Any, self._redis.hget(receipt_key(preference_id), "pair_id"))
+        return pair_id is not None and await self._claims.verdict(pair_id.decode()) is not None
 
     async def _accepted(self, preference_id: str) -> dict[bytes, bytes] | None:
         fields: dict[bytes, bytes] = await cast(Any, self._redis.hgetall(receipt_key(preference_id)))

@@ -76,7 +76,7 @@ class Deployment:
             "trainer": {
                 "variant": "chat-main", "base": "echo", "model": str(prepare_model("tiny:7", folder)),
                 "layers": 1, "batch_pairs": 16, "flush_s": 1.0, "replay_pairs": 2, "publish_interval_s": 3.0,
-                "probe_tokens": 4, "probes": ["Hello?"], "max_passes": 1,
+                "probe_tokens": 4, "probes": ["Hello?"], "max_passes": 1, "max_pairs_per_cluster": 0,
             },
         }  # fmt: skip
 

@@ -222,6 +222,7 @@ class FakeRedis:
         is_free = self._get(lock) is None
         if is_free:
             self.values[lock] = (b"1", self.world.seconds + args[2] / 1000)
+        self.hashes.setdefault(keys[2], {}).setdefault(args[4].encode(), args[5].encode())
         self._trouble()
         return found[b"claim"], b"", int(is_free), b""
 
@@ -252,6 +253,10 @@ class FakeRedis:
     async def hmget(self, key: str, fields: list[str]) -> list[bytes | None]:
         self._trouble()
         return [self.hashes.get(key, {}).get(field.encode()) for field in fields]
+
+    async def hget(self, key: str, field: str) -> bytes | None:
+        self._trouble()
+        return self.hashes.get(key, {}).get(field.encode())
 
     async def delete(self, key: str) -> None:
         self._trouble()

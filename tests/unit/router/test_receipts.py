@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import msgspec
 import pytest
 from redis.exceptions import ConnectionError as RedisAway
 
@@ -16,6 +17,7 @@ from router.gathered import Gathered
 from router.ledger import Ledger
 from router.receipts import ReceiptBook
 from telemetry.events import Completion, PreferenceRecorded, utc_now
+from telemetry.receipts import receipt_key
 from tests.router_stack import PLAIN
 
 
@@ -32,6 +34,9 @@ class Redis:
 
     async def hgetall(self, key: str) -> dict[bytes, bytes]:
         return self.hashes.get(key, {})
+
+    async def hget(self, key: str, field: str) -> bytes | None:
+        return self.hashes.get(key, {}).get(field.encode())
 
     async def command(self, name: str, *words: Any) -> Any:
         if name == "HMGET":
@@ -103,6 +108,19 @@ async def test_a_mark_is_written_again_until_redis_takes_it(
     assert "verdict not marked" in caplog.text
     redis.fails = False
     assert (await book.read(event.event_id, OPEN_CALLER)).status == "accepted"
+
+
+async def test_a_claim_whose_router_died_before_its_mark_is_being_written_and_not_unknown() -> None:
+    redis, event = Redis(), verdict()
+    book, _ = book_on(redis)
+    claim = msgspec.json.encode(claiming.Claim("a", OPEN_CALLER.name, event))
+    redis.hashes[receipt_key(event.event_id)] = {b"pair_id": event.pair_id.encode()}
+    redis.hashes[claiming.VERDICT_KEY + event.pair_id] = {b"claim": claim}
+    with pytest.raises(Unavailable, match="being written"):
+        await book.read(event.event_id, OPEN_CALLER)
+    del redis.hashes[claiming.VERDICT_KEY + event.pair_id]
+    with pytest.raises(NotFound):
+        await book.read(event.event_id, OPEN_CALLER)
 
 
 async def test_a_mark_that_is_never_written_is_the_recorders_to_write(monkeypatch: pytest.MonkeyPatch) -> None:
