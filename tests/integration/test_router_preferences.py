@@ -376,4 +376,4 @@ async def test_a_claim_is_its_own_append_where_the_log_is_the_same_redis(
     assert len(await stack.events(PreferenceRecorded, expected=entries)) == entries
     again = await claims.make(Claim("a", "", event))
     assert (again.durable_before, again.is_ours, again.durable) == (durable, False, "")
-    assert (await stack.redis.exists(f"tiebreak:receipt:{event.event_id}")) == entries
+    assert (await stack.redis.hexists(f"tiebreak:receipt:{event.event_id}", "accepted_at")) == entries
