@@ -132,6 +132,7 @@ class WandbTracker:
 
     def close(self) -> None:
         self._run.finish()
+        self._wandb.teardown()  # waits for its process, which may hold rows that finish() left to it
 
 
 class Behind:
