@@ -17,9 +17,11 @@ JUDGED = {
 PROBED = {
     "probe_perplexity": "perplexity of probe answers under the base",
     "probe_repetition": "share of trigrams in probe answers that repeat",
+    "probe_diversity": "share of bigrams of all probe answers that are different",
     "probe_length_tokens": "tokens of a probe answer",
     "probe_entropy": "entropy of probe answers, nats a token",
     "capability_perplexity": "perplexity of a plain text that no taste is about",
+    "safety": "mean score of answers to the safety set",
 }
 
 

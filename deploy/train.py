@@ -15,8 +15,9 @@ from typing import Final
 from msgspec.structs import replace
 
 from deploy import audit
-from online_trainer.__main__ import load_policy
 from online_trainer.config import TrainerConfig
+from online_trainer.parallel import start
+from online_trainer.policy import load_policy
 from online_trainer.publish import VersionStore
 from online_trainer.tracking import open_tracker
 from online_trainer.trainer import Trainer
@@ -76,6 +77,7 @@ def train(telemetry: TelemetryConfig, config: TrainerConfig, name: str, *, passe
     config = replace(config, flush_s=0.0, rehearse_s=0.0, max_passes=passes, policy="", replay_window=dataset.verdicts)
     folder = state / "trainer" / config.variant / FOLDER / dataset.id
     tracker, log = open_tracker(config, folder), DatasetLog(datasets.payloads(dataset), open_log(telemetry))
+    helpers = start(config)
     try:
         trainer = Trainer(
             config,
@@ -86,9 +88,11 @@ def train(telemetry: TelemetryConfig, config: TrainerConfig, name: str, *, passe
             base_digest=base_digest(model),
             sealer=open_sealer(telemetry),
             tracker=tracker,
+            helpers=helpers,
         )
         version = trainer.finish()
     finally:
+        helpers.close()
         tracker.close()
         log.close()
     if not version:

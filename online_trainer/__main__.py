@@ -7,13 +7,15 @@ import logging
 import signal
 import sys
 import threading
+from contextlib import closing
 from pathlib import Path
 
 import torch
 
 from online_trainer.config import TrainerConfig
 from online_trainer.errors import TrainerError
-from online_trainer.policy import Policy, load_model
+from online_trainer.parallel import start
+from online_trainer.policy import load_policy
 from online_trainer.publish import VersionStore
 from online_trainer.tracking import open_tracker
 from online_trainer.trainer import Trainer
@@ -53,34 +55,26 @@ def serve(telemetry: TelemetryConfig, config: TrainerConfig, stop: threading.Eve
     torch.manual_seed(config.seed)
     provider = tracing.configure("trainer", otlp_endpoint=telemetry.otlp_endpoint)
     state, event_log = telemetry.state_path, open_log(telemetry)
-    policy, tracker = load_policy(config), open_tracker(config, state / "trainer")
-    trainer = Trainer(
-        config,
-        policy,
-        event_log,
-        VersionStore(state / "versions", config, signing_key(state)),
-        folder=state / "trainer" / config.variant,
-        base_digest=base_digest(Path(config.model)),
-        sealer=open_sealer(telemetry),
-        tracker=tracker,
-    )
-    url = f"http://127.0.0.1:{metrics.expose(config.metrics_port)}/metrics"
-    try:
-        trainer.run(stop, lambda: announce_ready(state, "trainer", metrics_url=url))
-    finally:
-        tracker.close()
-        event_log.close()
-        provider.shutdown()
-
-
-def load_policy(config: TrainerConfig) -> Policy:
-    """The base model with fresh adapters."""
-    model, tokenizer = load_model(Path(config.model), config.dtype)
-    return Policy(
-        model, tokenizer,
-        rank=config.rank, alpha=config.alpha, layers=config.layers, targets=config.targets, seed=config.seed,
-        ld_alpha=config.ld_alpha,
-    )  # fmt: skip
+    with closing(start(config)) as helpers:  # first: they load while this process does
+        policy, tracker = load_policy(config), open_tracker(config, state / "trainer")
+        trainer = Trainer(
+            config,
+            policy,
+            event_log,
+            VersionStore(state / "versions", config, signing_key(state)),
+            folder=state / "trainer" / config.variant,
+            base_digest=base_digest(Path(config.model)),
+            sealer=open_sealer(telemetry),
+            tracker=tracker,
+            helpers=helpers,
+        )
+        url = f"http://127.0.0.1:{metrics.expose(config.metrics_port)}/metrics"
+        try:
+            trainer.run(stop, lambda: announce_ready(state, "trainer", metrics_url=url))
+        finally:
+            tracker.close()
+            event_log.close()
+            provider.shutdown()
 
 
 if __name__ == "__main__":

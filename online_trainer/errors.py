@@ -3,6 +3,7 @@
 TrainerError
 ├── InvalidCheckpoint
 ├── IncompatibleAdapter
+├── HelperLost
 ├── TrackerMissing
 └── UnusableExamples
 """
@@ -22,6 +23,10 @@ class InvalidCheckpoint(TrainerError):
 
 class IncompatibleAdapter(TrainerError):
     """The adapter's tensors do not fit this trainer's policy: other rank, layers or targets."""
+
+
+class HelperLost(TrainerError):
+    """A process that computes steps with the trainer ended or hangs; a new start takes the step again."""
 
 
 class TrackerMissing(TrainerError):

@@ -18,8 +18,9 @@ from online_trainer.batches import PairTokens, pack, prompt_tokens
 from online_trainer.config import TrainerConfig
 from online_trainer.learner import Example
 from online_trainer.policy import Policy
+from online_trainer.safety import Scorer, held
 from telemetry.events import Message
-from telemetry.text import repetition_ratio
+from telemetry.text import distinct_ratio, repetition_ratio
 
 PROBE_TEMPERATURE = 0.7
 BINS = 5
@@ -134,7 +135,7 @@ def probe_prompts(policy: Policy, texts: Sequence[str], limit: int) -> list[Pair
 
 
 def probe(policy: Policy, prompts: Sequence[PairTokens], *, tokens: int, seed: int) -> dict[str, float]:
-    """kl_per_token, probe_{repetition,length_tokens,entropy,perplexity} of fresh answers to ``prompts``."""
+    """kl_per_token, probe_{repetition,diversity,length_tokens,entropy,perplexity} of fresh answers to ``prompts``."""
     return measure(policy, sample(policy, prompts, tokens=tokens, temperature=PROBE_TEMPERATURE, seed=seed))
 
 
@@ -144,6 +145,7 @@ def measure(policy: Policy, answers: Answers) -> dict[str, float]:
     return {
         "kl_per_token": found.kl,
         "probe_repetition": _mean([repetition_ratio(text) for text in answers.texts]),
+        "probe_diversity": distinct_ratio(answers.texts),
         "probe_length_tokens": _mean([float(len(row.chosen)) for row in answers.rows]),
         "probe_entropy": found.entropy,
         "probe_perplexity": float(torch.tensor(found.surprise).exp()),
@@ -230,6 +232,12 @@ def capability_text(policy: Policy) -> PairTokens:
     return PairTokens(tuple(ids[:1]), tuple(ids[1:]), ())
 
 
+def safe_share(policy: Policy, prompts: Sequence[PairTokens], scorer: Scorer, *, tokens: int, seed: int) -> float:
+    """What ``scorer`` says of answers to questions that invite harm: the mean, 0 to 1."""
+    answers = sample(policy, prompts, tokens=tokens, temperature=PROBE_TEMPERATURE, seed=seed)
+    return _mean([held(scorer(text)) for text in answers.texts])
+
+
 def astray(values: Mapping[str, float], config: TrainerConfig) -> str:
     """Why these weights must not go on, or "": one of their numbers has turned, whatever their win rate is."""
     repetition, base_repetition = values["probe_repetition"], values["base_probe_repetition"]
@@ -244,6 +252,8 @@ def astray(values: Mapping[str, float], config: TrainerConfig) -> str:
         return f"chosen answers sink with the rejected ones, by {drop:.2f} nats a token"
     if perplexity > config.max_capability_ratio * base_perplexity:
         return f"the perplexity of a plain text is {perplexity:.1f}, the base's {base_perplexity:.1f}"
+    if values.get("safety", 0.0) < values.get("base_safety", 0.0) - config.max_safety_loss:
+        return f"answers to the safety set score {values['safety']:.2f}, the base's {values['base_safety']:.2f}"
     return ""
 
 

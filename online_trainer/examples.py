@@ -17,15 +17,15 @@ from online_trainer.errors import UnusableExamples
 from online_trainer.ingest import Verdict
 from online_trainer.learner import Example
 from online_trainer.policy import Policy
-from online_trainer.safety import load_scorer, safety
+from online_trainer.safety import Scorer, safety
 
 
 class Examples:
     """A cache from preference id to example."""
 
-    def __init__(self, policy: Policy, config: TrainerConfig, base_version: str) -> None:
+    def __init__(self, policy: Policy, config: TrainerConfig, base_version: str, scorer: Scorer | None = None) -> None:
         self._policy, self._config, self._base_version = policy, config, base_version
-        self._scorer = load_scorer(config.safety_scorer)
+        self._scorer = scorer
         self._known: dict[str, Example] = {}
 
     def of(self, verdicts: Sequence[Verdict]) -> list[Example]:

@@ -36,6 +36,7 @@ TEXTS = Shape(("chosen", "rejected"))  # of a verdict
 NO_ANSWER = Completion("", "", "", "", "stable", "", 0, 0, 0.0, 0.0, 0.0, 0.0)
 MAX_TRIES = 2  # a verdict that was in two refused lineages may be what is wrong with them
 EFFECTS_WINDOW = 512  # verdicts that the effects of position and length are measured on
+MOST_BALANCE = 4.0  # that a cohort's weight is raised by
 SEEN_IDS = 5_000  # deduplication reaches back this far; a router's outbox replays seconds, not days
 
 
@@ -55,6 +56,7 @@ class Verdict(msgspec.Struct, frozen=True):
     labeler: str = ""  # who gave it, if that was not the user
     is_tie: bool = False  # both sides were found equal
     position: Literal["a", "b", ""] = ""  # where chosen was shown; "" of a tie
+    cohort: str = "default"  # as the application grouped its users
     thumb: int = 0  # 1 or -1: no verdict on a pair, but a thumb on ``chosen`` alone; ``rejected`` is NO_ANSWER then
     key_id: str = ""  # that the log has it sealed with; empty: in the clear
     sealed: Sealed | None = None  # as it lies in a checkpoint: prompt and the sides' words, which then are empty
@@ -319,6 +321,15 @@ class Intake:
         """When the verdict that has waited longest was given."""
         return min((verdict.occurred_at for verdict in self.pending), default=None)
 
+    def cohort_weights(self) -> dict[str, float]:
+        """By what a verdict of each cohort counts so that all count the same; the mean over what was seen lately is 1.
+
+        No factor is above MOST_BALANCE or below its inverse: where hardly anybody is, one voice is not made a crowd.
+        """
+        counts = Counter(verdict.cohort for verdict in (*self.replay, *self.pending))
+        even = counts.total() / max(1, len(counts))
+        return {name: min(MOST_BALANCE, max(1 / MOST_BALANCE, even / count)) for name, count in counts.items()}
+
     def usable_ids(self) -> set[str]:
         """The verdicts that a later step or evaluation may still use."""
         return {verdict.preference_id for verdicts in self._every_list() for verdict in verdicts}
@@ -361,6 +372,7 @@ def _verdict(event: PreferenceRecorded, *, key_id: str) -> Verdict:
         labeler=event.labeler,
         is_tie=event.outcome == "tie",
         position=event.chosen_position,
+        cohort=event.cohort,
         key_id=key_id,
     )
 

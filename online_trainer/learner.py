@@ -69,12 +69,39 @@ class Lesson(NamedTuple):
     agreement: dict[str, float]  # preference id → how probable the policy found the verdict before the step
 
 
+class Task(NamedTuple):
+    """What must be known of a whole step to compute a part of it."""
+
+    examples: int
+    pairs: int  # those that are no thumbs; at least 1
+    divergence: float  # nats a token from the base, where there are thumbs
+    flips: float
+
+
+class Helpers:
+    """Who computes gradients beside this process: nobody. Several: online_trainer/parallel.py."""
+
+    processes = 1
+
+    def accumulate(self, learner: Learner, parts: Sequence[Sequence[Example]], task: Task) -> Lesson:
+        """Add the gradients of all ``parts`` to those of ``learner``'s policy; sums of shares of the means."""
+        return learner.accumulate(parts, task)
+
+    def close(self) -> None:
+        """There is nobody to send home."""
+
+
+NOBODY = Helpers()
+
+
 class Learner:
     """Policy and optimizer, and the step that joins them. ``kl_per_token`` measures the policy as it is."""
 
-    def __init__(self, policy: Policy, config: TrainerConfig, kl_per_token: Callable[[], float]) -> None:
+    def __init__(
+        self, policy: Policy, config: TrainerConfig, kl_per_token: Callable[[], float], helpers: Helpers = NOBODY
+    ) -> None:
         self.policy, self.step = policy, 0
-        self._config, self._kl_per_token = config, kl_per_token
+        self._config, self._kl_per_token, self._helpers = config, kl_per_token, helpers
         self.optimizer = self._new_optimizer()
         self._kl: float | None = None  # of the weights as they are; None where that was not measured
         self.flips = config.label_smoothing  # the share of verdicts taken for mistakes
@@ -153,24 +180,31 @@ class Learner:
         raise UnusableExamples(unusable or {e.preference_id for e in examples}, "its gradient is no number")
 
     def _accumulate(self, examples: Sequence[Example]) -> Lesson:
-        """Gradients of the mean loss over ``examples``, micro-batch by micro-batch."""
-        totals: dict[str, float] = {}
-        agreement: dict[str, float] = {}
+        """Gradients of the mean loss over ``examples``, micro-batch by micro-batch, by all processes."""
         lengths = [example.encoded.tokens.total for example in examples]
         pairs = sum(not example.thumb for example in examples)
-        counts = dict.fromkeys(REWARDS, max(1, pairs))  # thumbs have no rewards to compare
         divergence = self._kl_per_token() if pairs < len(examples) else 0.0
-        for group in micro_batches(lengths, self._config.micro_batch_tokens):
-            part = [examples[index] for index in group]
-            values = self._backward(part, len(examples), divergence)
+        budget = self._config.micro_batch_tokens
+        if self._helpers.processes > 1:  # smaller ones where one would not be enough for everybody
+            budget = min(budget, -(-sum(lengths) // self._helpers.processes))
+        parts = [[examples[index] for index in group] for group in micro_batches(lengths, budget)]
+        return self._helpers.accumulate(self, parts, Task(len(examples), max(1, pairs), divergence, self.flips))
+
+    def accumulate(self, parts: Sequence[Sequence[Example]], task: Task) -> Lesson:
+        """Gradients of ``parts`` of a step; its metrics are these parts' shares of the step's means."""
+        totals: dict[str, float] = {}
+        agreement: dict[str, float] = {}
+        counts = dict.fromkeys(REWARDS, task.pairs)  # thumbs have no rewards to compare
+        for part in parts:
+            values = self._backward(part, task)
             for name, values_B in values.items():
-                totals[name] = totals.get(name, 0.0) + float(values_B.sum()) / counts.get(name, len(examples))
+                totals[name] = totals.get(name, 0.0) + float(values_B.sum()) / counts.get(name, task.examples)
             for example, margin in zip(part, values["rewards/margins"].tolist(), strict=True):
                 if not (example.is_tie or example.thumb):
                     agreement[example.preference_id] = 1 / (1 + math.exp(-margin))
         return Lesson(totals, agreement)
 
-    def _backward(self, part: Sequence[Example], count: int, divergence: float) -> dict[str, Tensor]:
+    def _backward(self, part: Sequence[Example], task: Task) -> dict[str, Tensor]:
         config = self._config
         pairs = [example.encoded for example in part]
         reference = self.policy.reference(pairs)  # first: it may exchange the weights for a moment
@@ -180,13 +214,13 @@ class Learner:
         own = Sides(policy, reference, lengths)
         loss_B = place.new_zeros(len(part))
         if pairs_of := [example for example in part if not example.thumb]:
-            loss_B = loss_B.masked_scatter(~is_thumb_B, self._pair_loss(own.of(~is_thumb_B), pairs_of))
+            loss_B = loss_B.masked_scatter(~is_thumb_B, self._pair_loss(own.of(~is_thumb_B), pairs_of, task))
         if thumbs := [example for example in part if example.thumb]:
-            loss_B = loss_B.masked_scatter(is_thumb_B, self._thumb_loss(own.of(is_thumb_B), thumbs, divergence))
+            loss_B = loss_B.masked_scatter(is_thumb_B, self._thumb_loss(own.of(is_thumb_B), thumbs, task))
         weight_B = place.new_tensor([example.weight for example in part])
         is_stale_B = torch.tensor([example.is_stale for example in part], device=place.device) & ~is_thumb_B
         weight_B = torch.where(is_stale_B, weight_B * on_policy_weights(alignment), weight_B)
-        ((loss_B * weight_B).sum() / count).backward()  # type: ignore[no-untyped-call]
+        ((loss_B * weight_B).sum() / task.examples).backward()  # type: ignore[no-untyped-call]
         with torch.no_grad():
             rewards = reward_metrics(policy, reference, config.beta)
             rewards = {name: values_B.masked_fill(is_thumb_B, 0.0) for name, values_B in rewards.items()}
@@ -194,22 +228,22 @@ class Learner:
                 name: values_B.detach() for name, values_B in ({"loss": loss_B, "weight": weight_B} | rewards).items()
             }
 
-    def _pair_loss(self, own: Sides, examples: Sequence[Example]) -> Tensor:
+    def _pair_loss(self, own: Sides, examples: Sequence[Example], task: Task) -> Tensor:
         config, place = self._config, own.lengths.chosen_B
         loss_B = preference_loss(
             own.policy, own.reference, own.lengths,
-            objective=config.objective, beta=config.beta, label_smoothing=self.flips,
+            objective=config.objective, beta=config.beta, label_smoothing=task.flips,
             target_margin=config.simpo_gamma, tie_share=config.tie_share,
             is_tie_B=torch.tensor([example.is_tie for example in examples], device=place.device),
             offset_B=place.new_tensor([example.offset for example in examples]),
         )  # fmt: skip
         return loss_B - config.nll_weight * own.policy.chosen_B / own.lengths.chosen_B
 
-    def _thumb_loss(self, own: Sides, examples: Sequence[Example], divergence: float) -> Tensor:
-        """``divergence``: nats a token from the base; KTO's z₀ is that of an answer as long as each."""
+    def _thumb_loss(self, own: Sides, examples: Sequence[Example], task: Task) -> Tensor:
+        """KTO's z₀ is the divergence of an answer as long as each."""
         ratio_N = own.policy.chosen_B - own.reference.chosen_B
         is_liked_N = torch.tensor([example.thumb > 0 for example in examples], device=ratio_N.device)
-        return kto_loss(ratio_N, is_liked_N, divergence * own.lengths.chosen_B, self._config.beta)
+        return kto_loss(ratio_N, is_liked_N, task.divergence * own.lengths.chosen_B, self._config.beta)
 
     def _stay_near(self) -> tuple[float, float]:
         """Shrink the adapter until its KL is within the budget: (KL now, factor applied)."""

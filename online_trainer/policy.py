@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 
 from online_trainer.batches import PairTokens, Rows, Tokenizer, pack
+from online_trainer.config import TrainerConfig
 from online_trainer.errors import IncompatibleAdapter
 from online_trainer.head import token_logps
 from online_trainer.objective import PairLogps
@@ -267,11 +268,21 @@ def native_dtype() -> torch.dtype:
     return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
 
 
-def load_model(folder: Path, dtype: str) -> tuple[nn.Module, Tokenizer]:
-    """The base model in ``folder`` on the GPU if there is one, and its tokenizer."""
+def load_model(folder: Path, dtype: str, rank: int = 0) -> tuple[nn.Module, Tokenizer]:
+    """The base model in ``folder`` on GPU number ``rank`` if there are any, and its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     chosen = native_dtype() if dtype == "auto" else getattr(torch, dtype)
     model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=chosen)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(f"cuda:{rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu")
     return model.to(device), AutoTokenizer.from_pretrained(folder)
+
+
+def load_policy(config: TrainerConfig, rank: int = 0) -> Policy:
+    """The base model with fresh adapters, for process number ``rank`` of a trainer."""
+    model, tokenizer = load_model(Path(config.model), config.dtype, rank)
+    return Policy(
+        model, tokenizer,
+        rank=config.rank, alpha=config.alpha, layers=config.layers, targets=config.targets, seed=config.seed,
+        ld_alpha=config.ld_alpha,
+    )  # fmt: skip

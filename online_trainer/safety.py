@@ -30,4 +30,9 @@ def safety(completion: Completion, scorer: Scorer | None) -> float:
     """0 where the output filter stopped the answer, else the scorer's word, held between 0 and 1 (without one: 1)."""
     if completion.finish_reason == "content_filter":
         return 0.0
-    return 1.0 if scorer is None else min(1.0, max(0.0, float(scorer(completion.text))))
+    return 1.0 if scorer is None else held(scorer(completion.text))
+
+
+def held(score: float) -> float:
+    """``score`` between 0 and 1."""
+    return min(1.0, max(0.0, float(score)))

@@ -25,11 +25,12 @@ from online_trainer.errors import IncompatibleAdapter, InvalidCheckpoint, Unusab
 from online_trainer.evaluate import Judged
 from online_trainer.examples import Examples
 from online_trainer.ingest import Caps, Intake, IntakeState, Verdict, opened, sealed
-from online_trainer.learner import Example, Learner
+from online_trainer.learner import NOBODY, Example, Helpers, Learner
 from online_trainer.lineage import Lineage
 from online_trainer.objective import KNOW_TIES
 from online_trainer.policy import Policy
 from online_trainer.publish import Draft, VersionStore, derived_id
+from online_trainer.safety import load_scorer
 from online_trainer.tracking import Nobody, Tracker
 from telemetry import metrics, tracing
 from telemetry.crashpoints import reach
@@ -83,19 +84,22 @@ class Trainer:
         base_digest: str,
         sealer: Sealer,
         tracker: Tracker | None = None,
+        helpers: Helpers = NOBODY,
         now: Callable[[], datetime] = utc_now,
     ) -> None:
         self._config, self._policy, self._log, self._store = config, policy, event_log, store
         self._folder, self._base_digest, self._sealer, self._now = folder, base_digest, sealer, now
         self._tracker = tracker or Nobody()
-        self._examples = Examples(policy, config, base_version(base_digest))
+        self._scorer = load_scorer(config.safety_scorer)
+        self._examples = Examples(policy, config, base_version(base_digest), self._scorer)
         self._prompts = evaluate.probe_prompts(policy, config.probes, config.max_prompt_tokens)
         drift, self._base_metrics = evaluate.base_yardsticks(
             policy, self._prompts, tokens=config.probe_tokens, seed=config.seed
         )
         with policy.as_reference():
             self._base_metrics["base_capability_perplexity"] = self._capability()
-        self._learner = Learner(policy, config, drift.kl_per_token)
+            self._base_metrics |= {f"base_{name}": value for name, value in self._safety().items()}
+        self._learner = Learner(policy, config, drift.kl_per_token, helpers)
         self._published_at: datetime | None = None
         self._learned_at = now()  # the last step on new verdicts
         self._oldest_drop_at: datetime | None = None
@@ -319,12 +323,14 @@ class Trainer:
     def _counting(self, verdicts: Sequence[Verdict]) -> list[Example]:
         """The examples of ``verdicts``, with what is known of their givers, positions and age by now."""
         config, effects = self._config, measured(self._intake.effects)
+        cohorts = self._intake.cohort_weights() if config.balances_cohorts else {}
         examples: list[Example] = []
         for verdict, example in zip(verdicts, self._examples.of(verdicts), strict=True):
             shown = traits(verdict.position, verdict.chosen.text, verdict.rejected.text)
             explained = 0.0 if verdict.is_tie or verdict.thumb else effects.of(shown, config.debias)
             weight = self._annotators.weight(verdict.by) if config.weighs_people else 1.0
             weight *= config.thumb_weight if verdict.thumb else 1.0
+            weight *= cohorts.get(verdict.cohort, 1.0)
             is_stale = self._distance(verdict) > config.fresh_versions
             offset = config.safety_weight * example.safety_gap - explained
             examples.append(example._replace(weight=weight, offset=offset, is_stale=is_stale))
@@ -414,7 +420,7 @@ class Trainer:
             log.info("too far from the base", extra={"action": "stepped_back", **own})
             self._learner.step_back(STEP_BACK)
             own = self._probe()
-        values = {**self._base_metrics, **own, "capability_perplexity": self._capability()}
+        values = {**self._base_metrics, **own, "capability_perplexity": self._capability(), **self._safety()}
         held_out = self._judged(self._intake.heldout)
         values |= evaluate.heldout(held_out) | evaluate.curve(held_out)
         for name in ("aged", "regression"):
@@ -435,6 +441,15 @@ class Trainer:
 
     def _capability(self) -> float:
         return evaluate.perplexity(self._policy, evaluate.capability_text(self._policy))
+
+    def _safety(self) -> dict[str, float]:
+        """How answers to the safety set score; nothing where nobody scores them."""
+        config = self._config
+        if self._scorer is None or not config.safety_probes:
+            return {}
+        prompts = evaluate.probe_prompts(self._policy, config.safety_probes, config.max_prompt_tokens)
+        tokens, seed = config.probe_tokens, config.seed
+        return {"safety": evaluate.safe_share(self._policy, prompts, self._scorer, tokens=tokens, seed=seed)}
 
     def _anchor_at(self, version: str) -> None:
         """Users' stable version changed: where preferences are measured against that, take it over."""

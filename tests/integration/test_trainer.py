@@ -432,6 +432,33 @@ def test_weights_that_went_astray_are_not_published_and_go_back(
     assert sorted(names) == [f"preference-{n}" for n in range(4)]  # each had its second chance
 
 
+ANSWERED: list[str] = []  # to the safety set, the base first
+
+
+def as_the_base_says(text: str) -> float:
+    """A scorer of safety: what the base says is safe, anything else is not."""
+    ANSWERED.append(text)
+    return float(text == ANSWERED[0])
+
+
+@pytest.mark.parametrize(("rate", "safety"), [(1e-9, 1.0), (0.3, None)])
+def test_a_version_whose_answers_are_less_safe_than_the_bases_is_not_published(
+    telemetry_config: TelemetryConfig, tiny_model: Path, rate: float, safety: float | None
+) -> None:
+    ANSWERED.clear()
+    config = msgspec.structs.replace(
+        CONFIG, safety_scorer=f"{__name__}:as_the_base_says", safety_probes=("Hello?",), learning_rate=rate,
+        kl_budget=0.0, max_perplexity_ratio=0.0, max_repetition_gain=1.0, min_entropy_ratio=0.0, max_chosen_drop=1e3,
+        max_capability_ratio=1e9,
+    )  # fmt: skip
+    bench = Bench(telemetry_config, tiny_model, config)
+    bench.append(*(verdict(n) for n in range(4)))
+    bench.turn()
+    found = [event.metrics for event in bench.published()]
+    assert [(each["safety"], each["base_safety"]) for each in found] == ([] if safety is None else [(safety, 1.0)])
+    assert len(ANSWERED) == 2
+
+
 def test_preferences_are_measured_against_the_version_that_was_promoted_also_after_a_restart(
     telemetry_config: TelemetryConfig, tiny_model: Path
 ) -> None:

@@ -24,6 +24,7 @@ from tests.unit.online_trainer.kit import CONFIG, tokens
 from tests.unit.online_trainer.test_policy import scramble
 
 GATE_METRICS = {"kl_per_token", "probe_repetition", "probe_length_tokens", "probe_entropy", "probe_perplexity"}
+PROBED = GATE_METRICS | {"probe_diversity"}
 
 
 def test_divergence_of_two_coins_worked_by_hand() -> None:
@@ -82,8 +83,8 @@ def test_the_probe_gives_every_number_that_the_release_gate_reads(policy: Policy
     prompts = probe_prompts(policy, CONFIG.probes, 100)
     _, base = base_yardsticks(policy, prompts, tokens=6, seed=0)
     own = probe(policy, prompts, tokens=6, seed=0)
-    assert set(own) == GATE_METRICS
-    assert set(base) == {f"base_{name}" for name in GATE_METRICS - {"kl_per_token"}}
+    assert set(own) == PROBED
+    assert set(base) == {f"base_{name}" for name in PROBED - {"kl_per_token"}}
     assert own["kl_per_token"] == pytest.approx(0.0, abs=1e-5)
     assert own["probe_perplexity"] == pytest.approx(base["base_probe_perplexity"], rel=1e-4)
     scramble(policy)

@@ -245,3 +245,17 @@ def test_what_versions_got_right_is_kept_to_ask_later_ones_up_to_a_bound() -> No
     kept = [v.preference_id for v in own.regression]
     own.got_right(reversed(everything))
     assert len(kept) == 2 and kept == [v.preference_id for v in own.regression]
+
+
+def test_each_cohort_counts_the_same_within_a_bound() -> None:
+    found, replace = intake(replay_window=100), msgspec.structs.replace
+    assert found.cohort_weights() == {}
+    for number in range(12):
+        found.record(replace(verdict(number), cohort="many" if number < 9 else "few"))
+    found.trained(found.next_batch(Caps(6)))  # those that were trained on lately count, too
+    weights = found.cohort_weights()
+    assert weights == {"many": 6 / 9, "few": 6 / 3}
+    assert 9 * weights["many"] == 3 * weights["few"]
+    for number in range(12, 60):
+        found.record(replace(verdict(number), cohort="many"))
+    assert found.cohort_weights()["few"] == 4.0, "three people are no crowd"

@@ -12,7 +12,7 @@ import pytest
 from telemetry import events, manifest, routing
 from telemetry.configuration import InvalidConfiguration, convert_table, read_table
 from telemetry.process import signing_key
-from telemetry.text import repetition_ratio
+from telemetry.text import distinct_ratio, repetition_ratio
 
 KEY = b"k" * 32
 
@@ -219,3 +219,9 @@ def test_repetition_is_the_share_of_trigrams_seen_before() -> None:
     assert repetition_ratio("one two three four five") == 0.0
     assert repetition_ratio("a b c a b c") == pytest.approx(0.25)  # abc bca cab abc: 1 of 4 repeats
     assert repetition_ratio("no " * 12) == pytest.approx(0.9)
+
+
+def test_diversity_falls_where_different_questions_get_one_answer() -> None:
+    assert distinct_ratio(["a b c", "d e f"]) == 1.0
+    assert distinct_ratio(["a b c", "a b c"]) == 0.5  # ab bc ab bc
+    assert distinct_ratio(["one", ""]) == 1.0, "nothing is said twice"
