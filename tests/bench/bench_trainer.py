@@ -268,16 +268,15 @@ def main() -> None:
         step_in_memory(options.memory, model, options.dtype)
         return
     rounds, count = (1, 1) if options.short else (3, 2)
-    rows: list[dict[str, Any]] = []
     for dtype in [options.dtype] if options.dtype else native_dtypes():
-        rows += throughput(model, dtype, rounds, count)
+        rows = throughput(model, dtype, rounds, count)
         rows += steps(model, dtype, is_short=options.short)
         rows.append(memory(model, dtype))
-    assert all(math.isfinite(row["value"]) for row in rows)
-    if options.short:
-        print(*map(json.dumps, rows), sep="\n")
-    else:
-        record.save("trainer", "make bench-trainer", rows)
+        assert all(math.isfinite(row["value"]) for row in rows)
+        if options.short:
+            print(*map(json.dumps, rows), sep="\n")
+        else:
+            record.save(f"trainer_{dtype}", "make bench-trainer", rows)
 
 
 if __name__ == "__main__":

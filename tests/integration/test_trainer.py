@@ -528,15 +528,19 @@ class Process:
     """``python -m online_trainer`` on a state folder."""
 
     def __init__(self, telemetry: TelemetryConfig, model: Path) -> None:
-        self.state = telemetry.state_path
-        settings = {"model": str(model), "publish_interval_s": 0.5, "flush_s": 0.5, "batch_pairs": 8}
-        config = msgspec.to_builtins(CONFIG) | settings
-        document = {"telemetry": {"state": telemetry.state, "redis_url": telemetry.redis_url}, "trainer": config}
+        self.state, self.telemetry, self.settings = telemetry.state_path, telemetry, dict[str, str | float]()
         (self.state / "run").mkdir(exist_ok=True)
         self.config = self.state / "run" / "config.toml"
-        self.config.write_text(tomli_w.dumps(document))
+        self.configure(model=str(model), publish_interval_s=0.5, flush_s=0.5, batch_pairs=8)
         self.ready = self.state / "run" / "trainer.ready"
         self.process: subprocess.Popen[bytes] | None = None
+
+    def configure(self, **settings: str | float) -> None:
+        """Settings of ``[trainer]`` from the next start on."""
+        self.settings |= settings
+        telemetry = {"state": self.telemetry.state, "redis_url": self.telemetry.redis_url}
+        trainer = msgspec.to_builtins(CONFIG) | self.settings
+        self.config.write_text(tomli_w.dumps({"telemetry": telemetry, "trainer": trainer}))
 
     def start(self) -> None:
         self.ready.unlink(missing_ok=True)
@@ -572,9 +576,11 @@ def wait_for(condition: Callable[[], bool], tell: Callable[[], str], timeout_s: 
 
 
 @pytest.mark.timeout(900)
+@pytest.mark.parametrize("processes", [1, 2])
 def test_killed_at_any_moment_every_verdict_is_trained_on_once(
-    telemetry_config: TelemetryConfig, process: Process
+    telemetry_config: TelemetryConfig, process: Process, processes: int
 ) -> None:
+    process.configure(processes=processes)
     log = open_log(telemetry_config)
 
     def click() -> None:
