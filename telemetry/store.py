@@ -11,6 +11,7 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timedelta
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
@@ -130,6 +131,7 @@ class Table:
             enforce_retention_duration=False,
             keep_versions=kept_versions(self._root, self.topic),
         )
+        pa.default_memory_pool().release_unused()
 
     def _add_columns(self) -> None:
         """A table of an earlier version of this program gets the columns that it lacks; old rows hold nothing there."""
@@ -183,7 +185,7 @@ class Table:
 
     def _remember(self, ids: Mapping[str, Recorded]) -> None:
         self._seen.update(dict.fromkeys(ids))
-        for event_id in list(self._seen)[: max(0, len(self._seen) - WINDOW_EVENTS)]:
+        for event_id in list(islice(self._seen, max(0, len(self._seen) - WINDOW_EVENTS))):
             del self._seen[event_id]
 
 

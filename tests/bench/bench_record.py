@@ -30,6 +30,7 @@ from kafka import KafkaConsumer, TopicPartition  # type: ignore[import-untyped]
 
 from deploy.kafka.broker import Broker
 from deploy.machine import free_port
+from deploy.programs import GIVES_BACK
 from router.pairs import PAIR_KEY, RememberedPair, Ticket, pseudonym, sign_ticket
 from telemetry.config import TelemetryConfig, open_log, open_sealer
 from telemetry.events import COMPLETIONS, Completion, CompletionServed, Message, PairShown, encode, new_id, utc_now
@@ -167,8 +168,9 @@ class Recording:
         config.write_text(tomli_w.dumps({"telemetry": _plain(telemetry)}))
         with (folder / "recorder.log").open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "telemetry.recorder", "--config", str(config)], stdout=log, stderr=log
-            )
+                [sys.executable, "-m", "telemetry.recorder", "--config", str(config)],
+                stdout=log, stderr=log, env=os.environ | GIVES_BACK,
+            )  # fmt: skip
 
     def until(self, rows: int, limit_s: float = 600.0) -> float:
         """Seconds from its first stored row until ``rows`` of completions are stored."""
@@ -177,13 +179,21 @@ class Recording:
         while (now := counts(self._telemetry.store_root)["completions"]) < rows:
             if not has_begun and now > first:
                 begun, has_begun, first = time.monotonic(), True, now
-            memory = psutil.Process(self._process.pid).memory_info().rss / 1e6
-            self.peak_mb = max(self.peak_mb, memory)
+            self._look()
             if time.monotonic() > deadline or self._process.poll() is not None:
                 raise TimeoutError(f"{now} of {rows} rows")
             time.sleep(0.2)
         self.counted = rows - first
         return time.monotonic() - begun
+
+    def _look(self) -> None:
+        self.peak_mb = max(self.peak_mb, psutil.Process(self._process.pid).memory_info().rss / 1e6)
+
+    def rest(self) -> None:
+        """What it has still to do once all is stored: files are joined."""
+        for _ in range(50):
+            self._look()
+            time.sleep(0.2)
 
     def stop(self) -> None:
         self._process.terminate()
@@ -300,6 +310,7 @@ async def main() -> None:
                                    bar=5, better="lower", p50_s=record.quantile(latencies, 0.5)))  # fmt: skip
             fill_redis(telemetry, MILLION - BACKLOG)
             recording.until(MILLION)
+            recording.rest()
             rows.append(record.row("memory of the recorder over a million events, at most", recording.peak_mb, "MB",
                                    bar=300, better="lower"))  # fmt: skip
             recording.stop()

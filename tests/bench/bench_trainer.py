@@ -92,12 +92,12 @@ class Theirs:
     """TRL's loss on the same tokens."""
 
     def __init__(self, model: Path, dtype: str, batch: int) -> None:
-        self.batch = batch
+        self.batch, self._folder = batch, tempfile.TemporaryDirectory(prefix="tb-trl-")
         tokenizer = AutoTokenizer.from_pretrained(model)
         base = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
         lora = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(TrainerConfig().targets), lora_dropout=0.0)
         arguments = DPOConfig(
-            output_dir=tempfile.mkdtemp(prefix="tb-trl-"), beta=BETA, report_to=[], bf16=False,
+            output_dir=self._folder.name, beta=BETA, report_to=[], bf16=False,
             use_cpu=not torch.cuda.is_available(), gradient_checkpointing=False, activation_checkpointing=False,
             max_length=None, disable_dropout=True, per_device_train_batch_size=batch,
         )  # fmt: skip

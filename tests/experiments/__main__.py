@@ -75,7 +75,7 @@ def slips(run: Run) -> Iterator[Look]:
 
 
 def hostile(run: Run) -> Iterator[Look]:
-    """A share of voters, in percent, always chooses the worse answer."""
+    """A share of voters, in percent, always chooses the worse answer; with the taste and seeds of ``tastes``."""
     with circle(on_model(DEFAULT), run.seed) as own:
         yield from clicks_and_looks(own, Crowd(taste=PERSONAS["formal"], hostile=int(run.name) / 100), CLICKS)
 
@@ -97,10 +97,9 @@ def too_much(run: Run) -> Iterator[Look]:
 
 
 def active(run: Run) -> Iterator[Look]:
-    """Voters are shown the two of four answers whose rewards differ most: ``formal active``; or two at ``random``."""
-    name, _, kind = run.name.partition(" ")
+    """Voters are shown the two of four answers whose rewards differ most; ``tastes`` shows two at random."""
     with circle(on_model(DEFAULT), run.seed) as own:
-        yield from clicks_and_looks(own, Crowd(taste=PERSONAS[name]), CLICKS, is_active=kind == "active")
+        yield from clicks_and_looks(own, Crowd(taste=PERSONAS[run.name]), CLICKS, is_active=True)
 
 
 def poison(run: Run) -> Iterator[Look]:
@@ -125,11 +124,11 @@ def trl(run: Run) -> Iterator[Look]:
 
 EXPERIMENTS: Final[dict[str, tuple[Callable[[Run], Iterator[Look]], tuple[str, ...]]]] = {
     "tastes": (taste, TASTES),
-    "slips": (slips, ("20", "30 robust", "30")),
-    "hostile": (hostile, ("0", "10")),
+    "slips": (slips, ("20", "30 robust")),
+    "hostile": (hostile, ("10",)),
     "reversal": (reversal, ("formal",)),
     "too_much": (too_much, ("!",)),
-    "active": (active, ("formal active", "formal random", "likes_lists active", "likes_lists random")),
+    "active": (active, ("formal", "likes_lists")),
     "poison": (poison, ("clean", "poisoned")),
     "trl": (trl, ("2e-4", "1e-3")),
 }
@@ -155,11 +154,11 @@ def spawn(run: Run) -> dict[str, Any]:
     return {"name": run.name, "seed": run.seed, "seconds": round(taken), "looks": looks}
 
 
-def keep(experiment: str, found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Put ``found`` in the place of what there was of the same name and seed."""
+def keep(experiment: str, found: dict[str, Any]) -> list[dict[str, Any]]:
+    """Put ``found`` in the place of what there was of the same name and seed; all that there is."""
     path = RESULTS / f"{experiment}.json"
     old = json.loads(path.read_text()) if path.exists() else []
-    runs = {(each["name"], each["seed"]): each for each in [*old, *found]}
+    runs = {(each["name"], each["seed"]): each for each in [*old, found]}
     ordered = [runs[key] for key in sorted(runs)]
     RESULTS.mkdir(exist_ok=True)
     path.write_text(json.dumps(ordered, indent=1) + "\n")
@@ -199,10 +198,10 @@ def main() -> None:
     if options.alone:
         alone(Run(names[0], options.alone, options.seed))
         return
-    for name in names:
-        runs = [Run(name, case, seed) for seed in range(options.seeds) for case in EXPERIMENTS[name][1]]
-        with ThreadPoolExecutor(options.jobs) as pool:
-            draw(name, keep(name, list(pool.map(spawn, runs))))
+    runs = [Run(name, case, seed) for seed in range(options.seeds) for name in names for case in EXPERIMENTS[name][1]]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for run, found in zip(runs, pool.map(spawn, runs), strict=True):  # kept as they come: all take hours
+            draw(run.experiment, keep(run.experiment, found))
 
 
 if __name__ == "__main__":
