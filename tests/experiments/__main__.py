@@ -33,6 +33,7 @@ RESULTS: Final = Path(__file__).parent / "results"
 CLICKS: Final = 300
 LOOK_EVERY: Final = 50
 TASTES: Final = (*HELD_OUT, "likes_lists", "simple_words")
+LOOK_LINE: Final = '{"clicks"'  # TRL prints dictionaries, too
 POISON_CLICKS, POISON, POISONERS = 500, 0.02, 10
 TRL_PASSES: Final = 3
 DEFAULT: Final = TrainerConfig(publish_interval_s=60.0)
@@ -146,9 +147,9 @@ def spawn(run: Run) -> dict[str, Any]:
     started = time.monotonic()
     command = [sys.executable, "-m", "tests.experiments", run.experiment, "--alone", run.name, "--seed", str(run.seed)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    looks = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode:
         raise RuntimeError(f"{run}: {done.stderr[-2000:]}")
+    looks = [json.loads(line) for line in done.stdout.splitlines() if line.startswith(LOOK_LINE)]
     taken = time.monotonic() - started
     print(run.experiment, run.name, run.seed, f"{taken:.0f} s", json.dumps(looks[-1]), flush=True)
     return {"name": run.name, "seed": run.seed, "seconds": round(taken), "looks": looks}
