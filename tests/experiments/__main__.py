@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -201,8 +201,14 @@ def main() -> None:
         return
     runs = [Run(name, case, seed) for seed in range(options.seeds) for name in names for case in EXPERIMENTS[name][1]]
     with ThreadPoolExecutor(options.jobs) as pool:
-        for run, found in zip(runs, pool.map(spawn, runs), strict=True):  # kept as they come: all take hours
-            draw(run.experiment, keep(run.experiment, found))
+        started = {pool.submit(spawn, run): run for run in runs}
+        for done in as_completed(started):  # kept as they come: all take hours
+            if done.exception() is not None:
+                print(done.exception(), file=sys.stderr, flush=True)
+                continue
+            draw(started[done].experiment, keep(started[done].experiment, done.result()))
+    if failed := [run for done, run in started.items() if done.exception() is not None]:
+        parser.exit(1, f"failed: {failed}\n")
 
 
 if __name__ == "__main__":
