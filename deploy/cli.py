@@ -99,7 +99,7 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--passes", type=_positive, default=4, metavar="N", help="steps of each verdict (default 4)")
     train.add_argument(
         "--if-drifted", nargs=2, default=None, metavar=("FROM", "NATS"),
-        help="only if people prefer something else there than in data set FROM: KL of a feature above NATS (0.05, say)",
+        help="only if people prefer something else there than in data set FROM: KL of a feature above NATS (0.2, say)",
     )  # fmt: skip
     _add_labels(command("labels", _labels, "give pairs to labelers, and take their labels in", ()), shared)
     text = "show who read, exported, changed or deleted what, or prove that trail whole"

@@ -162,6 +162,11 @@ class TrainerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     keep_checkpoints: int = 3
 
     @property
+    def estimates(self) -> bool:
+        """Whether the share of flipped verdicts is estimated, not given."""
+        return self.objective == "robust" and self.estimates_flips
+
+    @property
     def scaling(self) -> float:
         """What an adapter's product is multiplied by."""
         return self.alpha / self.rank

@@ -134,7 +134,7 @@ class Learner:
     def estimate_flips(self, examples: Sequence[Example]) -> None:
         """Take the share of flipped verdicts from ``examples`` that were never trained on, where there are enough."""
         config, wins = self._config, [example.encoded for example in examples if not example.is_tie]
-        if config.objective != "robust" or not config.estimates_flips or len(wins) < FLIPS_PAIRS:
+        if not config.estimates or len(wins) < FLIPS_PAIRS:
             return
         with torch.no_grad():
             reference, policy = self.policy.reference(wins), self.policy.score(wins).policy
@@ -160,10 +160,10 @@ class Learner:
             group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        if self._config.reference == "ema":
-            self.policy.anchor_follows(self._config.ema_decay)
         self.step += 1
         kl, shrunk = self._stay_near()
+        if self._config.reference == "ema":
+            self.policy.anchor_follows(self._config.ema_decay)
         now = {"grad_norm": float(norm), "learning_rate": rate, "kl": kl, "shrink_ratio": shrunk}
         return Lesson(lesson.metrics | now | {"flip_rate": self.flips}, lesson.agreement)
 
@@ -199,9 +199,9 @@ class Learner:
             values = self._backward(part, task)
             for name, values_B in values.items():
                 totals[name] = totals.get(name, 0.0) + float(values_B.sum()) / counts.get(name, task.examples)
-            for example, margin in zip(part, values["rewards/margins"].tolist(), strict=True):
+            for example, agrees in zip(part, torch.sigmoid(values["rewards/margins"]).tolist(), strict=True):
                 if not (example.is_tie or example.thumb):
-                    agreement[example.preference_id] = 1 / (1 + math.exp(-margin))
+                    agreement[example.preference_id] = agrees
         return Lesson(totals, agreement)
 
     def _backward(self, part: Sequence[Example], task: Task) -> dict[str, Tensor]:
@@ -219,7 +219,7 @@ class Learner:
             loss_B = loss_B.masked_scatter(is_thumb_B, self._thumb_loss(own.of(is_thumb_B), thumbs, task))
         weight_B = place.new_tensor([example.weight for example in part])
         is_stale_B = torch.tensor([example.is_stale for example in part], device=place.device) & ~is_thumb_B
-        weight_B = torch.where(is_stale_B, weight_B * on_policy_weights(alignment), weight_B)
+        weight_B = torch.where(is_stale_B, weight_B * on_policy_weights(alignment).clamp(max=1.0), weight_B)
         ((loss_B * weight_B).sum() / task.examples).backward()  # type: ignore[no-untyped-call]
         with torch.no_grad():
             rewards = reward_metrics(policy, reference, config.beta)

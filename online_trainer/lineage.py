@@ -39,11 +39,17 @@ class Lineage(msgspec.Struct, frozen=True):
         return any(taught.version == version for taught in self.ancestors)
 
     def distance(self, versions: Collection[str]) -> int:
-        """How many of our versions came after the newest of ``versions``: after the base all, after strangers' none."""
+        """How many of our versions came after the newest of ``versions``.
+
+        After the base, and after what is older than all that is remembered, all; after strangers' none.
+        """
         names = [taught.version for taught in self.ancestors]
         places = [names.index(version) + 1 for version in versions if version in names]
-        is_of_base = all(version.startswith(BASE_SEQUENCE) for version in versions)
-        return len(names) - max(places) if places else len(names) * is_of_base
+        if places:
+            return len(names) - max(places)
+        # Sequence numbers have six digits, so that names compare as they followed each other.
+        is_older = all(version.startswith(BASE_SEQUENCE) or version < min(names, default="") for version in versions)
+        return len(names) * is_older
 
     def before(self, version: str) -> str:
         """The published ancestor that ``version`` was trained from; "" where there is none of ours."""

@@ -136,9 +136,10 @@ def preference_loss(
 
 
 def on_policy_weights(alignment: PairLogps) -> Tensor:
-    """WPO's weight of each pair, at most 1: how likely the policy now is to say such answers (arXiv 2406.11827, eq. 2).
+    """WPO's weight of each pair: how likely the policy now is to say such answers (arXiv 2406.11827, eq. 2).
 
-    ``alignment``: of each side the mean over its tokens of log π(token) − log Σ_v π(v)². No gradient.
+    ``alignment``: of each side the mean over its tokens of log π(token) − log Σ_v π(v)². No gradient. Above 1
+    for answers that are likelier than what the policy draws on average.
     """
     return (alignment.chosen_B + alignment.rejected_B).detach().exp()
 

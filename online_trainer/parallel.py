@@ -8,7 +8,6 @@ trainer, started anew, takes it again. DistributedDataParallel would need each p
 
 from __future__ import annotations
 
-import os
 import pickle
 import signal
 from collections.abc import Iterator, Sequence
@@ -125,7 +124,7 @@ def _on(device: torch.device, example: Example) -> Example:
 def _join(store: Store, rank: int, processes: int) -> None:
     """Be number ``rank`` of the group, and take no more than one's part of the processor."""
     dist.init_process_group("gloo", store=store, rank=rank, world_size=processes, timeout=STEP_LIMIT)
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
+    torch.set_num_threads(max(1, torch.get_num_threads() // processes))
 
 
 def _sum_gradients(learner: Learner) -> None:

@@ -74,7 +74,7 @@ class MlflowTracker:
         else:
             tags = {TRAINER_TAG: name}
             self._run = self._client.create_run(experiment, tags=tags, run_name=config.variant).info.run_id
-            for key, value in msgspec.structs.asdict(config).items():
+            for key, value in settings_of(config).items():
                 self._client.log_param(self._run, key, str(value)[:500])
         self._register()
 
@@ -117,7 +117,7 @@ class WandbTracker:
             settings.base_url = uri
         self._run: Any = wandb.init(
             project=EXPERIMENT, name=config.variant, id=trainer_id(config, state), resume="allow", dir=str(state),
-            mode="online" if uri else "offline", config=msgspec.to_builtins(config), settings=settings,
+            mode="online" if uri else "offline", config=settings_of(config), settings=settings,
         )  # fmt: skip
 
     def stepped(self, step: int, values: Mapping[str, float]) -> None:
@@ -189,6 +189,12 @@ def open_tracker(config: TrainerConfig, state: Path) -> Tracker:
         uri = uri or f"sqlite:///{state / 'mlflow.db'}"
         return Behind(lambda: MlflowTracker(uri, config, state))
     return Behind(lambda: WandbTracker(uri, config, state))
+
+
+def settings_of(config: TrainerConfig) -> dict[str, Any]:
+    """What a run shows of ``config``: not where this machine keeps things, nor a URI that may hold a password."""
+    shown: dict[str, Any] = msgspec.to_builtins(config)
+    return {name: value for name, value in shown.items() if name not in ("tracking_uri", "model")}
 
 
 def trainer_id(config: TrainerConfig, state: Path) -> str:

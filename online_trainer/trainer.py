@@ -100,6 +100,7 @@ class Trainer:
             self._base_metrics["base_capability_perplexity"] = self._capability()
             self._base_metrics |= {f"base_{name}": value for name, value in self._safety().items()}
         self._learner = Learner(policy, config, drift.kl_per_token, helpers)
+        metrics.WENT_ASTRAY.labels(config.variant)  # from 0 on: an increase from nothing is none
         self._published_at: datetime | None = None
         self._learned_at = now()  # the last step on new verdicts
         self._oldest_drop_at: datetime | None = None
@@ -108,7 +109,8 @@ class Trainer:
         self._number, state, tensors = found or (0, self._fresh(), {})
         self._intake = _intake(config, opened(state.intake, sealer))
         self._annotators = Annotators(state.annotators)
-        self._learner.flips = config.label_smoothing if state.flips is None else state.flips
+        if state.flips is not None and config.estimates:
+            self._learner.flips = state.flips
         self._lineage, self._untold, self._learner.step = state.lineage, list(state.untold), state.step
         if found:
             self._resume(state, tensors)
@@ -507,7 +509,7 @@ class Trainer:
             lineage=self._lineage,
             intake=sealed(self._intake.state(), self._sealer),
             annotators=self._annotators.records(),
-            flips=self._learner.flips,
+            flips=self._learner.flips if self._config.estimates else None,
             untold=tuple(self._untold),
         )
 

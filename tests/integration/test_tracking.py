@@ -50,6 +50,7 @@ def test_mlflow_has_the_run_its_steps_and_its_versions_once(tmp_path: Path, fold
     assert [(each.step, each.value) for each in margins] == [(1, 0.25), (2, 0.5)]
     assert run.data.metrics["version/heldout_win_rate"] == 0.75
     assert run.data.params["beta"] == "0.1"
+    assert not {"tracking_uri", "model"} & set(run.data.params), "a URI may hold a password"
     (registered,) = client.search_model_versions("name = 'tiebreak-chat-main'")
     assert registered.tags["version"] == VERSION and registered.tags["verdicts"] == "2"
     assert registered.tags["dataset"] == "ds-0123456789ab"

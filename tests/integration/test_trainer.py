@@ -432,6 +432,16 @@ def test_weights_that_went_astray_are_not_published_and_go_back(
     assert sorted(names) == [f"preference-{n}" for n in range(4)]  # each had its second chance
 
 
+def test_a_given_share_of_mistakes_is_the_one_of_the_settings_also_after_a_restart(bench: Bench) -> None:
+    bench.append(*(verdict(n) for n in range(4)))
+    bench.turn()
+    bench.config = msgspec.structs.replace(bench.config, label_smoothing=0.2)
+    bench.start()
+    bench.append(*(verdict(n) for n in range(4, 8)))
+    bench.turn()
+    assert [batch.metrics["flip_rate"] for batch in bench.batches()] == [CONFIG.label_smoothing, 0.2]
+
+
 ANSWERED: list[str] = []  # to the safety set, the base first
 
 

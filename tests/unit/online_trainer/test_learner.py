@@ -184,3 +184,9 @@ def test_the_share_of_flips_is_estimated_for_the_robust_loss_alone(policy: Polic
     plain = Learner(policy, with_settings(estimates_flips=True), lambda: 0.0)
     plain.estimate_flips(examples)
     assert plain.flips == plain._config.label_smoothing
+
+
+def test_a_pair_that_is_wrong_beyond_all_measure_is_learned_from_all_the_same(policy: Policy) -> None:
+    far = Example("far", policy.encode([tokens(5, 4, 3)])[0]._replace(reference_chosen=1e5))
+    lesson = Learner(policy, with_settings(beta=10.0), lambda: 0.0).learn([far])
+    assert lesson.agreement == {"far": 0.0}
