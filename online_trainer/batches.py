@@ -2,7 +2,8 @@
 
 A row is ``prompt chosen rejected``; a mask keeps rejected from seeing chosen, and its positions start again
 after the prompt, so that both see exactly what they saw when served (prefix sharing, arXiv 2410.20305).
-Only positions that predict a completion's tokens get logits. B pairs, T tokens, M predicted tokens.
+On a GPU all pairs share one row. Only positions that predict a completion's tokens get logits. B rows (one a
+pair, or one for all), T tokens, M predicted tokens.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from online_trainer.segments import Segments, segments_of
 from telemetry.conversation import conversation, tools_of
 from telemetry.events import Completion, Message
 
@@ -43,28 +46,31 @@ class PairTokens(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """A padded batch of pairs. Rows 0…B−1 of ``side_M`` are chosen sides, B…2B−1 rejected ones."""
+    """A batch of pairs. Values 0…pairs−1 of ``side_M`` are chosen sides, the ones behind them rejected sides."""
 
     tokens_BT: Tensor
     positions_BT: Tensor
-    mask_B1TT: Tensor  # True where a query may look
+    sees: Tensor | Segments  # B, 1, T, T, true where a query may look; or what one packed row's queries see
+    starts: tuple[int, ...]  # flat index into B·T of each pair's first token
     source_M: Tensor  # flat index into B·T of the position that predicts
     target_M: Tensor  # the token that it should predict
     side_M: Tensor
     weight_M: Tensor  # of the token's log-prob in its side's sum
-    pairs: int
+
+    @property
+    def pairs(self) -> int:
+        return len(self.starts)
 
     def to(self, device: torch.device) -> Rows:
         """The same rows on ``device``."""
-        return Rows(
+        return self._replace(
             tokens_BT=self.tokens_BT.to(device),
             positions_BT=self.positions_BT.to(device),
-            mask_B1TT=self.mask_B1TT.to(device),
+            sees=self.sees.to(device),
             source_M=self.source_M.to(device),
             target_M=self.target_M.to(device),
             side_M=self.side_M.to(device),
             weight_M=self.weight_M.to(device),
-            pairs=self.pairs,
         )
 
 
@@ -115,22 +121,46 @@ def pack(pairs: Sequence[PairTokens], ld_alpha: float = 1.0) -> Rows:
     tokens_BT = torch.zeros(len(pairs), length, dtype=torch.long)
     positions_BT = torch.zeros(len(pairs), length, dtype=torch.long)
     mask_BTT = torch.ones(length, length, dtype=torch.bool).tril().repeat(len(pairs), 1, 1)
-    predictions: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     for row, pair in enumerate(pairs):
         start, second = len(pair.prompt), len(pair.prompt) + len(pair.chosen)
         tokens_BT[row, : pair.total] = torch.tensor(pair.prompt + pair.chosen + pair.rejected)
-        positions_BT[row, :second] = torch.arange(second)
-        positions_BT[row, second : pair.total] = torch.arange(start, start + len(pair.rejected))
+        positions_BT[row, : pair.total] = _positions(pair)
         mask_BTT[row, second:, start:second] = False
+    starts = tuple(row * length for row in range(len(pairs)))
+    return Rows(tokens_BT, positions_BT, mask_BTT[:, None], starts, *_predictions(pairs, starts, ld_alpha))
+
+
+def pack_flat(pairs: Sequence[PairTokens], ld_alpha: float = 1.0) -> Rows:
+    """``pairs`` one after the other in one row, without padding."""
+    starts = tuple(accumulate((pair.total for pair in pairs[:-1]), initial=0))
+    tokens_T = torch.tensor([token for pair in pairs for side in pair for token in side])
+    positions_T = torch.cat([_positions(pair) for pair in pairs])
+    sees = segments_of([(len(pair.prompt), len(pair.chosen), len(pair.rejected)) for pair in pairs])
+    return Rows(tokens_T[None], positions_T[None], sees, starts, *_predictions(pairs, starts, ld_alpha))
+
+
+def _positions(pair: PairTokens) -> Tensor:
+    """Of a pair's tokens; rejected's start again after the prompt."""
+    start = len(pair.prompt)
+    return torch.cat([torch.arange(start + len(pair.chosen)), torch.arange(start, start + len(pair.rejected))])
+
+
+def _predictions(
+    pairs: Sequence[PairTokens], starts: Sequence[int], ld_alpha: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Where each token of the answers is predicted, the token, its side, and its weight: all of shape M."""
+    parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    for row, (begin, pair) in enumerate(zip(starts, pairs, strict=True)):
+        start, second = len(pair.prompt), len(pair.prompt) + len(pair.chosen)
         sides = (row, start, pair.chosen, pair.rejected), (row + len(pairs), second, pair.rejected, pair.chosen)
         for side, first, ids, other in sides:
             source = torch.arange(first - 1, first - 1 + len(ids))
             source[:1] = start - 1  # both sides' first token follows the prompt
             weight = torch.tensor(token_weights(len(ids), len(other), ld_alpha))
             target = torch.tensor(ids, dtype=torch.long)
-            predictions.append((source + row * length, target, torch.full((len(ids),), side), weight))
-    source_M, target_M, side_M, weight_M = (torch.cat(column) for column in zip(*predictions, strict=True))
-    return Rows(tokens_BT, positions_BT, mask_BTT[:, None], source_M, target_M, side_M, weight_M, len(pairs))
+            parts.append((source + begin, target, torch.full((len(ids),), side), weight))
+    source_M, target_M, side_M, weight_M = (torch.cat(column) for column in zip(*parts, strict=True))
+    return source_M, target_M, side_M, weight_M
 
 
 def micro_batches(lengths: Sequence[int], token_budget: int) -> Iterator[list[int]]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-CHUNK = 256  # positions whose logits exist at the same time
+CHUNK, GPU_CHUNK = 256, 2048  # positions whose logits exist at the same time
 
 
 class _TokenLogps(torch.autograd.Function):
@@ -25,17 +25,19 @@ class _TokenLogps(torch.autograd.Function):
         slope_MD = torch.empty_like(hidden_MD) if is_learning else hidden_MD.new_empty(0)
         logps_M = hidden_MD.new_empty(len(target_M), dtype=torch.float32)
         sharpness_M = torch.empty_like(logps_M)
-        for start in range(0, len(target_M), CHUNK):
-            part = slice(start, start + CHUNK)
+        chunk = GPU_CHUNK if hidden_MD.is_cuda else CHUNK
+        for start in range(0, len(target_M), chunk):
+            part = slice(start, start + chunk)
             target_C = target_M[part, None]
-            logits_CV = linear(hidden_MD[part], weight_VD, bias_V).float()
-            log_z_C = logits_CV.logsumexp(-1)
-            logps_M[part] = logits_CV.gather(1, target_C).squeeze(1) - log_z_C
-            p_CV = logits_CV.sub_(log_z_C[:, None]).exp_()
-            sharpness_M[part] = p_CV.square().sum(-1).log_()
+            logps_CV = linear(hidden_MD[part], weight_VD, bias_V).log_softmax(-1, dtype=torch.float32)
+            logps_M[part] = logps_CV.gather(1, target_C).squeeze(1)
+            p_CV = logps_CV.exp_()
+            sharpness_M[part] = torch.linalg.vector_norm(p_CV, dim=-1).log_().mul_(2)
             if is_learning:
-                pull_CV = p_CV.neg_().scatter_add_(1, target_C, torch.ones_like(target_C, dtype=p_CV.dtype))
-                slope_MD[part] = pull_CV.to(weight_VD.dtype) @ weight_VD
+                p_CV.scatter_add_(
+                    1, target_C, p_CV.new_full(target_C.shape, -1.0)
+                )  # p − onehot: exact where p is near 1
+                slope_MD[part] = -(p_CV.to(weight_VD.dtype) @ weight_VD)
         ctx.save_for_backward(slope_MD)
         ctx.mark_non_differentiable(sharpness_M)
         return logps_M, sharpness_M

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 
-from online_trainer.batches import PairTokens, Rows, Tokenizer, pack
+from online_trainer.batches import PairTokens, Rows, Tokenizer, pack, pack_flat
 from online_trainer.config import TrainerConfig
 from online_trainer.errors import IncompatibleAdapter
 from online_trainer.head import token_logps
 from online_trainer.objective import PairLogps
+from online_trainer.segments import Segments, use_segments
 
 
 class Switch:
@@ -44,6 +45,9 @@ class LoraLinear(nn.Module):
         y: Tensor = self.base(x)
         if not self.switch.is_on:
             return y
+        if y.is_cuda:  # float32 products would cost more there than the base's own, in bfloat16
+            low_TR = linear(x, self.lora_A.to(x.dtype)).flatten(0, -2)
+            return torch.addmm(y.flatten(0, -2), low_TR, self.lora_B.to(y.dtype).T, alpha=self.scaling).view_as(y)
         low = linear(x.to(self.lora_A.dtype), self.lora_A)
         return y + (linear(low, self.lora_B) * self.scaling).to(y.dtype)
 
@@ -79,7 +83,9 @@ class Policy:
         targets: Sequence[str],
         seed: int,
         ld_alpha: float = 1.0,
+        is_flat: bool | None = None,
     ) -> None:
+        """``is_flat``: all pairs of a batch in one row (the default on a GPU) or each in its own, padded."""
         self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
         self.rank, self.alpha, self.targets, self.ld_alpha = rank, alpha, tuple(targets), ld_alpha
         self._decoder: Any = model.get_decoder()  # type: ignore[operator]
@@ -87,6 +93,10 @@ class Policy:
         self._layers: nn.ModuleList = self._decoder.layers
         self._first = max(0, len(self._layers) - (layers or len(self._layers)))
         self._switch, self._seed = Switch(), seed
+        self._pack = pack
+        if self.device.type == "cuda" if is_flat is None else is_flat:
+            use_segments(model)
+            self._pack = pack_flat
         self.adapters = self._attach()
         self._anchor: dict[str, Tensor] | None = None  # the reference's adapter; None: the base itself
         self.reset()
@@ -194,10 +204,12 @@ class Policy:
         finally:
             self._decoder.layers, self._decoder.norm = self._layers, norm
 
-    def _decode(self, rows: Rows, **inputs: Tensor) -> Tensor:
-        hidden: Tensor = self._decoder(
-            **inputs, attention_mask=rows.mask_B1TT, position_ids=rows.positions_BT, use_cache=False
-        ).last_hidden_state
+    def _decode(self, rows: Rows, **inputs: Any) -> Tensor:
+        if isinstance(rows.sees, Segments):  # a mask that is there is not made, and nobody looks at it
+            inputs |= {"segments": rows.sees, "attention_mask": rows.tokens_BT[:1, :1, None, None]}
+        else:
+            inputs["attention_mask"] = rows.sees
+        hidden: Tensor = self._decoder(**inputs, position_ids=rows.positions_BT, use_cache=False).last_hidden_state
         return hidden
 
     def lower(self, rows: Rows) -> Tensor:
@@ -232,21 +244,22 @@ class Policy:
 
         ``references``: the sums of the reference's log-probs over each pair's chosen and rejected tokens.
         """
-        rows = pack(pairs, self.ld_alpha).to(self.device)
+        rows = self._pack(pairs, self.ld_alpha).to(self.device)
         hidden_BTD = self.lower(rows)
         if references is None:
             with torch.no_grad(), self.as_reference():
                 (chosen_B, rejected_B), _ = self._score(rows, hidden_BTD)
             references = list(zip(chosen_B.tolist(), rejected_B.tolist(), strict=True))
-        columns = zip(pairs, hidden_BTD, references, strict=True)
-        return [Encoded(pair, hidden_TD[: pair.total].clone(), *reference) for pair, hidden_TD, reference in columns]
+        hidden_TD, columns = hidden_BTD.flatten(0, 1), zip(pairs, rows.starts, references, strict=True)
+        return [Encoded(pair, hidden_TD[at : at + pair.total].clone(), *reference) for pair, at, reference in columns]
 
     def score(self, pairs: Sequence[Encoded]) -> Scored:
         """Encoded ``pairs`` under the policy as it is now."""
-        rows = pack([pair.tokens for pair in pairs], self.ld_alpha).to(self.device)
-        width = rows.tokens_BT.shape[1]
-        hidden_BTD = torch.stack([pad(p.hidden_TD, (0, 0, 0, width - p.tokens.total)) for p in pairs])
-        policy, alignment = self._score(rows, hidden_BTD)
+        rows = self._pack([pair.tokens for pair in pairs], self.ld_alpha).to(self.device)
+        ends = [*rows.starts[1:], rows.tokens_BT.numel()]
+        room = [end - start for start, end in zip(rows.starts, ends, strict=True)]
+        parts = [pad(p.hidden_TD, (0, 0, 0, most - p.tokens.total)) for p, most in zip(pairs, room, strict=True)]
+        policy, alignment = self._score(rows, torch.cat(parts).view(*rows.tokens_BT.shape, -1))
         lengths = _columns((float(len(p.tokens.chosen)), float(len(p.tokens.rejected))) for p in pairs)
         return Scored(policy, PairLogps(*lengths.to(self.device)), alignment)
 

@@ -26,12 +26,10 @@ from typing import Any, Final
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from torch import nn
 from trl import DPOConfig, DPOTrainer
 
-from deploy.config import model_cache
-from deploy.models import prepare_model
-from online_trainer.batches import PairTokens
+from online_trainer.batches import PairTokens, micro_batches
 from online_trainer.config import TrainerConfig
 from online_trainer.learner import Example, Learner
 from online_trainer.policy import Policy, load_model, native_dtype
@@ -46,6 +44,7 @@ MOST, LEAST = 2.0, 0.4  # of the mean length
 RANK, ALPHA, BETA, RATE = 16, 32.0, 0.1, 1e-4
 STEP_ROUNDS: Final = {1: 3, 4: 2, 16: 1}  # pairs that come at once, and how often
 MEMORY_PAIRS: Final = 8
+NO_TOKENIZER: Final[Any] = None  # everything is tokens already
 TOLERANCE: Final = {"float32": 1e-3, "bfloat16": 0.1}  # of the first loss; bfloat16 rounds to 3 digits
 
 
@@ -63,41 +62,49 @@ def pairs_of(shape: tuple[int, int], count: int, seed: int) -> list[PairTokens]:
 class Ours:
     """Policy and learner as the trainer has them, without the measure of divergence."""
 
-    def __init__(self, model: Path, dtype: str, layers: int = 0) -> None:
+    def __init__(self, model: nn.Module, layers: int = 0, budget: int = 0) -> None:
+        """``budget``: tokens of a micro-batch; 0 for the default, and for references pair by pair."""
         config = TrainerConfig(
             rank=RANK, alpha=ALPHA, layers=layers, beta=BETA, label_smoothing=0.0, learning_rate=RATE, kl_budget=0.0,
-            warmup_steps=0, weighs_people=False,
+            warmup_steps=0, weighs_people=False, micro_batch_tokens=budget or TrainerConfig().micro_batch_tokens,
         )  # fmt: skip
-        loaded, tokenizer = load_model(model, dtype)
         self.policy = Policy(
-            loaded, tokenizer, rank=RANK, alpha=ALPHA, layers=layers, targets=config.targets, seed=0
+            model, NO_TOKENIZER, rank=RANK, alpha=ALPHA, layers=layers, targets=config.targets, seed=0
         )  # fmt: skip
-        self._learner, self._budget = Learner(self.policy, config, lambda: 0.0), config.micro_batch_tokens
+        self.learner, self._budget = Learner(self.policy, config, lambda: 0.0), budget
+
+    def encode(
+        self, pairs: Sequence[PairTokens], references: Sequence[tuple[float, float]] | None = None
+    ) -> list[Example]:
+        """As online_trainer/examples.py does it."""
+        examples = []
+        for group in micro_batches([pair.total for pair in pairs], self._budget):
+            given = None if references is None else [references[index] for index in group]
+            encoded = self.policy.encode([pairs[index] for index in group], given)
+            examples += [Example(str(index), pair) for index, pair in zip(group, encoded, strict=True)]
+        return examples
 
     def step(self, pairs: Sequence[PairTokens], references: Sequence[tuple[float, float]] | None = None) -> float:
         """One step; the loss before it."""
-        encoded = [
-            pair
-            for index in range(len(pairs))
-            for pair in self.policy.encode([pairs[index]], None if references is None else [references[index]])
-        ]
-        return self._learner.learn([Example(str(n), pair) for n, pair in enumerate(encoded)]).metrics["loss"]
+        return self.learner.learn(self.encode(pairs, references)).metrics["loss"]
 
     def references(self, pairs: Sequence[PairTokens]) -> list[tuple[float, float]]:
         """What serving sends along."""
-        return [(each.reference_chosen, each.reference_rejected) for each in self.policy.encode(pairs)]
+        examples = sorted(self.encode(pairs), key=lambda example: int(example.preference_id))
+        return [(each.encoded.reference_chosen, each.encoded.reference_rejected) for each in examples]
 
 
 class Theirs:
     """TRL's loss on the same tokens."""
 
-    def __init__(self, model: Path, dtype: str, batch: int) -> None:
-        self.batch, self._folder = batch, tempfile.TemporaryDirectory(prefix="tb-trl-")
-        tokenizer = AutoTokenizer.from_pretrained(model)
-        base = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
+    def __init__(
+        self, base: nn.Module, tokenizer: Any, batch: int, *, autocasts: bool = False, uses_liger: bool = False
+    ) -> None:
+        """``autocasts``: the products of float32 adapters, too, are computed in bfloat16."""
+        self.batch, self._folder, self._autocasts = batch, tempfile.TemporaryDirectory(prefix="tb-trl-"), autocasts
         lora = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(TrainerConfig().targets), lora_dropout=0.0)
         arguments = DPOConfig(
-            output_dir=self._folder.name, beta=BETA, report_to=[], bf16=False,
+            output_dir=self._folder.name, beta=BETA, report_to=[], bf16=False, use_liger_kernel=uses_liger,
             use_cpu=not torch.cuda.is_available(), gradient_checkpointing=False, activation_checkpointing=False,
             max_length=None, disable_dropout=True, per_device_train_batch_size=batch,
         )  # fmt: skip
@@ -122,10 +129,11 @@ class Theirs:
         for start in range(0, len(pairs), self.batch):
             part = pairs[start : start + self.batch]
             inputs = self._collated(part)
-            if is_precomputed:
-                chosen, rejected = self.trainer.compute_ref_log_probs(self._model, inputs)
-                inputs |= {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
-            loss = self.trainer.compute_loss(self._model, inputs) * len(part) / len(pairs)
+            with torch.autocast("cuda", torch.bfloat16, enabled=self._autocasts):
+                if is_precomputed:
+                    chosen, rejected = self.trainer.compute_ref_log_probs(self._model, inputs)
+                    inputs |= {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
+                loss = self.trainer.compute_loss(self._model, inputs) * len(part) / len(pairs)
             loss.backward()
             total += float(loss.detach())
         torch.nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
@@ -147,11 +155,20 @@ def seconds(act: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
+def our_side(model: Path, dtype: str, layers: int = 0) -> Ours:
+    return Ours(load_model(model, dtype)[0], layers)
+
+
+def their_side(model: Path, dtype: str, batch: int) -> Theirs:
+    base, tokenizer = load_model(model, dtype)
+    return Theirs(base, tokenizer, batch)
+
+
 def fastest_batch(model: Path, dtype: str, pairs: Sequence[PairTokens]) -> Theirs:
     """TRL at the batch size that does most pairs a second."""
     tried = []
     for batch in BATCHES:
-        theirs = Theirs(model, dtype, batch)
+        theirs = their_side(model, dtype, batch)
         theirs.step(pairs[:batch])
         tried.append((seconds(lambda theirs=theirs: theirs.step(pairs)), theirs))
     return min(tried, key=lambda each: each[0])[1]
@@ -174,8 +191,8 @@ def computed(pairs: Sequence[PairTokens]) -> dict[str, float]:
 
 def throughput(model: Path, dtype: str, rounds: int, count: int) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
-    whole, top = Ours(model, dtype), Ours(model, dtype, TrainerConfig().layers)
-    loss = same_loss(whole, Theirs(model, dtype, 2), pairs_of(SHAPES["128:64"], 2, 98), dtype)
+    whole, top = our_side(model, dtype), our_side(model, dtype, TrainerConfig().layers)
+    loss = same_loss(whole, their_side(model, dtype, 2), pairs_of(SHAPES["128:64"], 2, 98), dtype)
     theirs = fastest_batch(model, dtype, pairs_of(SHAPES["128:64"], 2, 99))
     for name, shape in SHAPES.items():
         found: dict[str, list[float]] = {}
@@ -208,8 +225,8 @@ def throughput(model: Path, dtype: str, rounds: int, count: int) -> list[dict[st
 
 def steps(model: Path, dtype: str, *, is_short: bool) -> list[dict[str, Any]]:
     """From pairs that have just come to weights that know them."""
-    ours, rows = Ours(model, dtype, TrainerConfig().layers), []
-    theirs = Theirs(model, dtype, max(BATCHES))
+    ours, rows = our_side(model, dtype, TrainerConfig().layers), []
+    theirs = their_side(model, dtype, max(BATCHES))
     for side in (ours, theirs):
         side.step(pairs_of(SHAPES["128:64"], 1, 49))
     for count, rounds in STEP_ROUNDS.items():
@@ -243,7 +260,7 @@ def memory(model: Path, dtype: str) -> dict[str, Any]:
 
 def step_in_memory(side: str, model: Path, dtype: str) -> None:
     """A child's part of ``memory``; Linux's own peak, begun anew once the model is loaded."""
-    trainer = Ours(model, dtype) if side == "ours" else Theirs(model, dtype, max(BATCHES))
+    trainer = our_side(model, dtype) if side == "ours" else their_side(model, dtype, max(BATCHES))
     trainer.step(pairs_of(SHAPES["128:64"], 1, 6))  # the optimizer's moments and the libraries' own buffers
     Path("/proc/self/clear_refs").write_text("5")
     loaded = _status_mb("VmRSS")
@@ -263,6 +280,9 @@ def main() -> None:
     parser.add_argument("--dtype", choices=list(TOLERANCE), help="only this one")
     parser.add_argument("--model", type=Path, help="a folder with a model (default: SmolLM2-135M)")
     options = parser.parse_args()
+    from deploy.config import model_cache  # not where only the sides are taken: a GPU's machine has less installed
+    from deploy.models import prepare_model
+
     model = options.model or prepare_model(MODEL, model_cache())
     if options.memory:
         step_in_memory(options.memory, model, options.dtype)

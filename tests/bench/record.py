@@ -10,7 +10,7 @@ import os
 import platform
 import re
 import subprocess
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,12 +45,12 @@ def save(bench: str, command: str, rows: list[dict[str, Any]]) -> None:
         "cpu": _cpu(),
         "multiplies_bfloat16": "avx512_bf16" in Path("/proc/cpuinfo").read_text(),
         "python": platform.python_version(),
-        "gpu": None,
+        "gpu": _gpu(),
     }
     document: dict[str, Any] = {
         "command": command,
         "machine": machine,
-        "versions": {package: version(package) for package in PACKAGES},
+        "versions": {package: found for package in PACKAGES if (found := _version(package))},
         "rows": list({line["name"]: line for line in rows}.values()),
     }
     RESULTS.mkdir(exist_ok=True)
@@ -87,8 +87,27 @@ def table() -> str:
 def _commit() -> str:
     """What was measured; a tree with changes in it, other than figures, says so."""
     name = _git("rev-parse", "--short", "HEAD")
+    if not name:  # on a machine that was given files alone
+        return os.environ.get("COMMIT", "unknown")
     changed = _git("status", "--porcelain", "--", ".", ":!tests/bench/results", ":!README.md")
     return f"{name}-dirty" if changed else name
+
+
+def _version(package: str) -> str:
+    """Of an installed package; else empty."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def _gpu() -> str | None:
+    """The name of what CUDA computes on."""
+    try:
+        import torch
+    except ModuleNotFoundError:
+        return None
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
 
 def _git(*words: str) -> str:

@@ -33,6 +33,34 @@ def test_a_shared_prompt_row_gives_both_sides_the_log_probs_of_two_ordinary_sequ
         assert abs(rejected_B[index].item() - plain_logp(policy, pair.prompt, pair.rejected)) < 1e-3
 
 
+def test_pairs_in_one_flat_row_teach_what_pairs_in_padded_rows_teach(tiny_model: Path) -> None:
+    pairs = [tokens(5, 3, 4), tokens(2, 6, 1, start=40), tokens(7, 2, 0, start=60), tokens(1, 1, 5, start=90)]
+    found = []
+    for is_flat in (False, True):
+        model, tokenizer = load_model(tiny_model, "float32")
+        policy = Policy(
+            model, tokenizer, rank=4, alpha=8.0, layers=1, targets=("q_proj", "v_proj", "down_proj"), seed=0,
+            is_flat=is_flat,
+        )  # fmt: skip
+        encoded = policy.encode(pairs)
+        sums = policy.score(encoded).policy
+        (sums.chosen_B.sum() - 2 * sums.rejected_B[[0, 1, 3]].sum()).backward()
+        gradients = [p.grad for p in policy.parameters() if p.grad is not None]
+        found.append([*sums, *gradients, torch.tensor([each[2:] for each in encoded])])
+    assert len(found[0]) == len(found[1])
+    for padded, flat in zip(*found, strict=True):
+        torch.testing.assert_close(flat, padded, rtol=1e-4, atol=1e-5)
+
+
+def test_the_model_of_flat_rows_still_generates_as_it_did(tiny_model: Path) -> None:
+    ids, said = torch.tensor([[5, 9, 3, 7]]), []
+    for is_flat in (False, True):
+        model, tokenizer = load_model(tiny_model, "float32")
+        policy = Policy(model, tokenizer, rank=4, alpha=8.0, layers=1, targets=("q_proj",), seed=0, is_flat=is_flat)
+        said.append(policy.model.generate(ids, max_new_tokens=8, do_sample=False).tolist())  # type: ignore[operator]
+    assert said[0] == said[1]
+
+
 def test_only_positions_that_predict_a_completion_get_logits() -> None:
     rows = pack([tokens(50, 3, 2), tokens(9, 1, 0)])
     assert len(rows.source_M) == 3 + 2 + 1

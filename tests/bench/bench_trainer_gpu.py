@@ -1,0 +1,315 @@
+"""A step of ours against one of TRL's DPOTrainer on a GPU: ``python -m tests.bench.bench_trainer_gpu``.
+
+As bench_trainer, on models of about half a billion and a billion parameters in bfloat16. Their weights are random (a
+step takes as long whatever they are), so that nothing needs to be downloaded. Both sides run at the best settings found
+in a first round: TRL over batch sizes, with and without autocast and Liger's kernels; ours over token budgets; both
+with and without ``torch.compile`` of the decoder layers. It needs no Ray, Kafka or Redis.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any, Final, NamedTuple
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config
+
+from deploy.models import make_tiny
+from online_trainer.batches import PairTokens
+from online_trainer.policy import Policy
+from tests.bench import record
+from tests.bench.bench_trainer import ALPHA, NO_TOKENIZER, RANK, Ours, Theirs, computed, pairs_of, seconds
+
+PEAK: Final = 989e12  # dense bfloat16 operations a second of an H100's or H200's datasheet
+SHAPES: Final = {"512:64": (512, 64), "128:64": (128, 64), "64:128": (64, 128)}
+PAIRS, ROUNDS = 32, 3
+STEP_PAIRS: Final = (1, 4, 16)
+MODELS: Final[dict[str, Any]] = {
+    "Llama-3.2-1B": LlamaConfig(
+        hidden_size=2048, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8, head_dim=64,
+        intermediate_size=8192, vocab_size=128_256, tie_word_embeddings=True, max_position_embeddings=8192,
+        rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
+    ),
+    "Qwen2.5-0.5B": Qwen2Config(
+        hidden_size=896, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2, intermediate_size=4864,
+        vocab_size=151_936, tie_word_embeddings=True, max_position_embeddings=8192,
+    ),
+    "tiny": LlamaConfig(
+        hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=128,
+        vocab_size=41_000, tie_word_embeddings=True, max_position_embeddings=4096,
+    ),
+}  # fmt: skip
+
+
+class Setting(NamedTuple):
+    """How a side is run."""
+
+    size: int  # TRL's batch, our token budget
+    autocasts: bool = False
+    uses_liger: bool = False
+    compiles: bool = False
+
+    def __str__(self) -> str:
+        words = [str(self.size), *(name for name, is_on in self._asdict().items() if is_on is True)]
+        return " ".join(words)
+
+
+Side = Ours | Theirs
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def new_model(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    with torch.device(device()):
+        dtype = torch.bfloat16 if device().type == "cuda" else torch.float32
+        model: nn.Module = AutoModelForCausalLM.from_config(MODELS[name], dtype=dtype)
+    return model
+
+
+def any_tokenizer() -> Any:
+    """TRL wants one, though it is handed tokens."""
+    with tempfile.TemporaryDirectory() as folder:
+        make_tiny(0, Path(folder) / "tiny")
+        return AutoTokenizer.from_pretrained(Path(folder) / "tiny")
+
+
+def compile_layers(model: Any) -> None:
+    for layer in model.get_decoder().layers:
+        layer.compile(dynamic=True)
+
+
+def our_side(base: nn.Module, setting: Setting) -> Ours:
+    ours = Ours(copy.deepcopy(base), budget=setting.size)
+    if setting.compiles:
+        compile_layers(ours.policy.model)
+    return ours
+
+
+def their_side(base: nn.Module, setting: Setting) -> Theirs:
+    model = copy.deepcopy(base)
+    if setting.compiles:
+        compile_layers(model)
+    return Theirs(
+        model, any_tokenizer(), setting.size, autocasts=setting.autocasts, uses_liger=setting.uses_liger
+    )  # fmt: skip
+
+
+@contextmanager
+def freed() -> Iterator[None]:
+    """What is made inside is gone afterwards."""
+    yield
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def best(
+    what: str, build: Callable[[Setting], Side], settings: Sequence[Setting], pairs: Sequence[PairTokens]
+) -> Setting:
+    """The setting that takes least time for ``pairs``; one that fails is none."""
+    tried: list[tuple[float, Setting]] = []
+    for setting in settings:
+        with freed():
+            try:
+                side = build(setting)
+                started = time.perf_counter()
+                side.step(pairs), side.step(pairs)
+                warm = time.perf_counter() - started
+                tried.append((min(seconds(partial(side.step, pairs)) for _ in range(2)), setting))
+                print(f"# {what} {setting}: {tried[-1][0]:.3f} s, warm after {warm:.1f} s", flush=True)
+            except Exception as error:  # noqa: BLE001  # out of memory, or a compiler that gave up
+                print(f"# {what} {setting}: {type(error).__name__}: {str(error)[:300]}", flush=True)
+            side = None  # type: ignore[assignment]
+    return min(tried)[1]
+
+
+def operations(model: nn.Module, pairs: Sequence[PairTokens]) -> float:
+    """Multiplications and additions that a step needs: reference, policy, and the gradient of what goes in.
+
+    The base's weights do not learn, so that their gradient is none; adapters are left out.
+    """
+    config: Any = model.config
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads, decoder = size * config.num_attention_heads, model.get_decoder()  # type: ignore[operator]
+    linear = sum(
+        m.in_features * m.out_features for m in decoder.modules() if type(m) is nn.Linear
+    )  # adapters have none
+    total = 0.0
+    for prompt, chosen, rejected in ((len(p.prompt), len(p.chosen), len(p.rejected)) for p in pairs):
+        seen = (prompt + chosen) ** 2 / 2 + rejected * prompt + rejected**2 / 2
+        total += 3 * 2 * linear * (prompt + chosen + rejected)
+        total += 4 * 4 * seen * heads * config.num_hidden_layers  # backward attention is twice forward
+        total += 3 * 2 * config.hidden_size * config.vocab_size * (chosen + rejected)
+    return total
+
+
+def ceiling() -> float:
+    """Operations a second of one large bfloat16 product."""
+    size = 8192 if device().type == "cuda" else 256
+    a, b = (torch.randn(size, size, device=device(), dtype=torch.bfloat16) for _ in range(2))
+    a @ b
+    return 2 * size**3 / median(seconds(lambda: a @ b) for _ in range(10))
+
+
+def throughput(
+    name: str, base: nn.Module, rounds: int, count: int, settings: dict[str, list[Setting]]
+) -> Iterator[dict[str, Any]]:
+    limit = ceiling()
+    for shape in SHAPES:
+        trial = pairs_of(SHAPES[shape], count, 99)
+        chosen = {
+            "ours": best("ours", lambda s: our_side(base, s), settings["ours"], trial),
+            "TRL": best("TRL", lambda s: their_side(base, s), settings["TRL"], trial),
+        }
+        found, share = compare(our_side(base, chosen["ours"]), their_side(base, chosen["TRL"]), shape, rounds, count)
+        rate = {what: median(values) for what, values in found.items()}
+        detail = {
+            "pairs_per_s": rate, "rounds": found, "settings": {side: str(s) for side, s in chosen.items()},
+            **computed(trial), "ours_tokens_computed": sum(pair.total for pair in trial),
+            "measured_ceiling_tflops": limit / 1e12,
+        }  # fmt: skip
+        where = f"prompt:response {shape}, a model of {name}'s shape, bfloat16"
+        fastest = max(rate["TRL"], rate["TRL, precomputed"])
+        yield record.row(f"pairs/s against TRL, {where}", rate["ours"] / rate["TRL"], "×", bar=1.5, better="higher",
+                         **detail)  # fmt: skip
+        yield record.row(
+            f"pairs/s with the reference at hand against TRL, {where}", rate["ours, reference at hand"] / fastest, "×",
+            bar=1.5, better="higher", **detail,
+        )  # fmt: skip
+        yield record.row(f"operations needed, as a share of the datasheet's peak, {where}", share, "", bar=0.4,
+                         better="higher", **detail)  # fmt: skip
+        settings = {  # for the other shapes, what was best here, and with more at once
+            side: [setting, setting._replace(size=2 * setting.size)] for side, setting in chosen.items()
+        }
+    yield from steps(name, our_side(base, chosen["ours"]), their_side(base, chosen["TRL"]))
+    yield memory(name, base, chosen, count)
+
+
+def compare(ours: Ours, theirs: Theirs, shape: str, rounds: int, count: int) -> tuple[dict[str, list[float]], float]:
+    """Pairs a second of each way, and of the peak the share that our operations are."""
+    found: dict[str, list[float]] = {}
+    needed, spent = 0.0, 0.0
+    for number in range(-1, rounds):  # the first one warms up
+        pairs = pairs_of(SHAPES[shape], count, 10 + number)
+        given = ours.references(pairs)
+        acts: dict[str, Callable[[], float]] = {
+            "ours": partial(ours.step, pairs),
+            "TRL": partial(theirs.step, pairs),
+            "ours, reference at hand": partial(ours.step, pairs, given),
+            "TRL, precomputed": partial(theirs.step, pairs, is_precomputed=True),
+        }
+        took = {what: seconds(act) for what, act in acts.items()}
+        if number >= 0:
+            for what, spent_s in took.items():
+                found.setdefault(what, []).append(count / spent_s)
+            needed, spent = needed + operations(ours.policy.model, pairs), spent + took["ours"]
+    return found, needed / spent / PEAK
+
+
+def steps(name: str, ours: Ours, theirs: Theirs) -> Iterator[dict[str, Any]]:
+    for count in STEP_PAIRS:
+        mine, others = [], []
+        for number in range(6):
+            pairs = pairs_of(SHAPES["128:64"], count, 50 + number)
+            mine.append(seconds(partial(ours.step, pairs)))
+            others.append(seconds(partial(theirs.step, pairs)))
+        own, other = median(mine[1:]), median(others[1:])
+        yield record.row(
+            f"pairs that came → weights that know them, {count} at once, against TRL's step, a model of {name}'s "
+            "shape, bfloat16", own / other, "×", bar=0.5, better="lower", ours_s=own, trl_s=other,
+        )  # fmt: skip
+
+
+def memory(name: str, base: nn.Module, chosen: dict[str, Setting], count: int) -> Any:
+    """Growth of the allocator's peak in a step above what is loaded."""
+    grown = {}
+    builders: dict[str, Callable[[], Side]] = {
+        "ours": lambda: our_side(base, chosen["ours"]),
+        "trl": lambda: their_side(base, chosen["TRL"]),
+    }
+    for side, build in builders.items():
+        with freed():
+            built = build()
+            built.step(pairs_of(SHAPES["128:64"], 2, 6))
+            loaded = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            built.step(pairs_of(SHAPES["128:64"], count, 7))
+            grown[f"{side}_mb"] = (torch.cuda.max_memory_allocated() - loaded) >> 20
+            built = None  # type: ignore[assignment]
+    return record.row(
+        f"peak memory of a step of {count} pairs above the loaded model against TRL, a model of {name}'s shape, "
+        "bfloat16", grown["ours_mb"] / max(1, grown["trl_mb"]), "×", bar=0.7, better="lower", **grown,
+        settings={side: str(s) for side, s in chosen.items()},
+    )  # fmt: skip
+
+
+def agrees(base: nn.Module) -> None:
+    """Log-probs and gradients of one flat row against those of padded rows, on this device. Raises RuntimeError."""
+    pairs = pairs_of((100, 40), 6, 5)
+    found = []
+    for is_flat in (False, True):
+        policy = Policy(
+            copy.deepcopy(base), NO_TOKENIZER, rank=RANK, alpha=ALPHA, layers=0, seed=0, is_flat=is_flat,
+            targets=("q_proj", "v_proj", "up_proj"),
+        )  # fmt: skip
+        with torch.no_grad():
+            for adapter in policy.adapters.values():
+                adapter.lora_B.normal_(0, 0.02, generator=torch.Generator(device()).manual_seed(1))
+        encoded = policy.encode(pairs)
+        sums = policy.score(encoded).policy
+        (sums.chosen_B - sums.rejected_B).sum().backward()
+        gradient = torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None])
+        found.append((torch.cat([*sums]).detach(), gradient))
+    (padded, padded_gradient), (flat, flat_gradient) = found
+    apart = float(((padded - flat).abs() / padded.abs()).max())
+    angle = float(torch.cosine_similarity(padded_gradient, flat_gradient, dim=0))
+    print(f"# flat against padded rows: log-probs at most {apart:.2e} apart, gradients at a cosine of {angle:.5f}")
+    if not (apart < 1e-2 and angle > 0.99):
+        raise RuntimeError("flat and padded rows compute something else")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", action="append", choices=list(MODELS), help="default: both that are not tiny")
+    parser.add_argument("--short", action="store_true", help="one round and few settings: whether it runs")
+    options = parser.parse_args()
+    batches, budgets = ((2,), (1024,)) if options.short else ((8, 16, 32), (8192, 16_384, 32_768))
+    settings = {
+        "ours": [*(Setting(size) for size in budgets), Setting(budgets[-1], compiles=True)],
+        "TRL": [
+            *(Setting(size, autocasts=True) for size in batches),
+            Setting(batches[-1]),
+            Setting(batches[-1], autocasts=True, uses_liger=True),
+            Setting(batches[-1], autocasts=True, compiles=True),
+        ],
+    }
+    rows: list[Any] = []
+    for name in options.model or ["Llama-3.2-1B", "Qwen2.5-0.5B"]:
+        with freed():
+            base = new_model(name)
+            agrees(base)
+            rounds, count = (1, 2) if options.short else (ROUNDS, PAIRS)
+            for row in throughput(name, base, rounds, count, settings):
+                rows.append(row)
+                print(json.dumps({key: row[key] for key in ("name", "value", "bar", "holds")}), flush=True)
+            record.save("trainer_gpu", "python -m tests.bench.bench_trainer_gpu", rows)
+            if out := os.environ.get("OUT"):
+                (Path(out) / "trainer_gpu.json").write_text((record.RESULTS / "trainer_gpu.json").read_text())
+
+
+if __name__ == "__main__":
+    main()
