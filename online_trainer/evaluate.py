@@ -171,7 +171,7 @@ def judged(policy: Policy, examples: Sequence[Example], beta: float, micro_batch
     drops: list[Tensor] = []
     for start in range(0, len(examples), micro_batch_pairs):
         part = [example.encoded for example in examples[start : start + micro_batch_pairs]]
-        reference = policy.reference(part)
+        reference = policy.base_logps(part)  # one that moves would hide what was learned
         own, lengths, _ = policy.score(part)
         chosen_B = own.chosen_B - reference.chosen_B
         margins.append(beta * (chosen_B - (own.rejected_B - reference.rejected_B)))

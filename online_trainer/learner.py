@@ -26,10 +26,12 @@ from online_trainer.objective import (
     on_policy_weights,
     preference_loss,
     reward_metrics,
+    win_probability,
 )
 from online_trainer.policy import Encoded, Policy
 
 T = TypeVar("T")
+AGREEMENT = "agreement"  # see Lesson
 FLIPS_PAIRS = 24  # held-out verdicts, at least, to estimate the share of flipped ones on
 SHRINKINGS = 3  # tries to get back into the budget; the square law is exact only for small adapters
 SLACK = 1.02  # of the budget, before anything is shrunk
@@ -136,10 +138,13 @@ class Learner:
         config, wins = self._config, [example.encoded for example in examples if not example.is_tie]
         if not config.estimates or len(wins) < FLIPS_PAIRS:
             return
-        with torch.no_grad():
-            reference, policy = self.policy.reference(wins), self.policy.score(wins).policy
-        margin_B = (policy.chosen_B - reference.chosen_B) - (policy.rejected_B - reference.rejected_B)
-        self.flips = flip_rate(config.beta * margin_B)
+        margins = []
+        for group in micro_batches([pair.tokens.total for pair in wins], config.micro_batch_tokens):
+            part = [wins[index] for index in group]
+            with torch.no_grad():
+                reference, policy = self.policy.base_logps(part), self.policy.score(part).policy
+            margins.append((policy.chosen_B - reference.chosen_B) - (policy.rejected_B - reference.rejected_B))
+        self.flips = flip_rate(config.beta * torch.cat(margins))
 
     def shuffled(self, earlier: Sequence[T]) -> list[T]:
         """Earlier verdicts in this step's own random order; the same one after a restart."""
@@ -197,9 +202,10 @@ class Learner:
         counts = dict.fromkeys(REWARDS, task.pairs)  # thumbs have no rewards to compare
         for part in parts:
             values = self._backward(part, task)
+            agrees_B = values.pop(AGREEMENT)
             for name, values_B in values.items():
                 totals[name] = totals.get(name, 0.0) + float(values_B.sum()) / counts.get(name, task.examples)
-            for example, agrees in zip(part, torch.sigmoid(values["rewards/margins"]).tolist(), strict=True):
+            for example, agrees in zip(part, agrees_B.tolist(), strict=True):
                 if not (example.is_tie or example.thumb):
                     agreement[example.preference_id] = agrees
         return Lesson(totals, agreement)
@@ -216,7 +222,8 @@ class Learner:
         if pairs_of := [example for example in part if not example.thumb]:
             loss_B = loss_B.masked_scatter(~is_thumb_B, self._pair_loss(own.of(~is_thumb_B), pairs_of, task))
         if thumbs := [example for example in part if example.thumb]:
-            loss_B = loss_B.masked_scatter(is_thumb_B, self._thumb_loss(own.of(is_thumb_B), thumbs, task))
+            of_base = own._replace(reference=self.policy.base_logps(pairs))  # z₀ is the divergence from the base, too
+            loss_B = loss_B.masked_scatter(is_thumb_B, self._thumb_loss(of_base.of(is_thumb_B), thumbs, task))
         weight_B = place.new_tensor([example.weight for example in part])
         is_stale_B = torch.tensor([example.is_stale for example in part], device=place.device) & ~is_thumb_B
         weight_B = torch.where(is_stale_B, weight_B * on_policy_weights(alignment).clamp(max=1.0), weight_B)
@@ -224,20 +231,21 @@ class Learner:
         with torch.no_grad():
             rewards = reward_metrics(policy, reference, config.beta)
             rewards = {name: values_B.masked_fill(is_thumb_B, 0.0) for name, values_B in rewards.items()}
-            return {
-                name: values_B.detach() for name, values_B in ({"loss": loss_B, "weight": weight_B} | rewards).items()
-            }
+            agrees_B = win_probability(*own, objective=config.objective, beta=config.beta)
+            return {"loss": loss_B.detach(), "weight": weight_B, AGREEMENT: agrees_B} | rewards
 
     def _pair_loss(self, own: Sides, examples: Sequence[Example], task: Task) -> Tensor:
         config, place = self._config, own.lengths.chosen_B
+        is_tie_B = torch.tensor([example.is_tie for example in examples], device=place.device)
         loss_B = preference_loss(
             own.policy, own.reference, own.lengths,
             objective=config.objective, beta=config.beta, label_smoothing=task.flips,
             target_margin=config.simpo_gamma, tie_share=config.tie_share,
-            is_tie_B=torch.tensor([example.is_tie for example in examples], device=place.device),
+            is_tie_B=is_tie_B,
             offset_B=place.new_tensor([example.offset for example in examples]),
         )  # fmt: skip
-        return loss_B - config.nll_weight * own.policy.chosen_B / own.lengths.chosen_B
+        nll_B = (-own.policy.chosen_B / own.lengths.chosen_B).masked_fill(is_tie_B, 0.0)  # no side of a tie is better
+        return loss_B + config.nll_weight * nll_B
 
     def _thumb_loss(self, own: Sides, examples: Sequence[Example], task: Task) -> Tensor:
         """KTO's z₀ is the divergence of an answer as long as each."""

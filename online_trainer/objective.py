@@ -111,7 +111,8 @@ def preference_loss(
 
     ``target_margin`` is SimPO's γ. ``is_tie_B`` marks pairs whose sides were found equal; ValueError where the
     objective knows no ties. ``offset_B`` is subtracted from d: how much likelier chosen should be for another reason
-    than the verdict, such as a safety model's score (MODPO, arXiv 2310.03708, eq. 9); IPO has no place for it.
+    than the verdict, such as a safety model's score (MODPO, arXiv 2310.03708, eq. 9). IPO's β·margin is a probability
+    less one half, not log-odds, so that it takes a quarter of it: σ's slope between equals.
     """
     if is_tie_B is not None and objective not in KNOW_TIES and bool(is_tie_B.any()):
         raise ValueError(f"the objective {objective} knows no ties; {' and '.join(sorted(KNOW_TIES))} do")
@@ -122,7 +123,8 @@ def preference_loss(
         chosen_B = policy.chosen_B - reference.chosen_B
         rejected_B = policy.rejected_B - reference.rejected_B
         if objective == "ipo":
-            return ipo_loss(chosen_B / lengths.chosen_B - rejected_B / lengths.rejected_B, beta)
+            mean_B = chosen_B / lengths.chosen_B - rejected_B / lengths.rejected_B
+            return ipo_loss(mean_B if offset_B is None else mean_B - offset_B / (4 * beta), beta)
         logits_B = beta * (chosen_B - rejected_B)
     if offset_B is not None:
         logits_B = logits_B - offset_B
@@ -133,6 +135,22 @@ def preference_loss(
         of = rao_kupper_loss if objective == "rao_kupper" else davidson_loss
         return of(logits_B, tied_B, tie_share)
     return sigmoid_loss(logits_B, label_smoothing)
+
+
+@torch.no_grad()
+def win_probability(
+    policy: PairLogps, reference: PairLogps, lengths: PairLogps, *, objective: Objective, beta: float
+) -> Tensor:
+    """How probable the policy finds it that chosen is preferred, were there no ties; shape B, no gradient.
+
+    σ(d) with each objective's own d, SimPO's without its γ; IPO's margin is (p − ½)/β (arXiv 2310.12036, eq. 7).
+    """
+    if objective == "simpo":
+        return torch.sigmoid(beta * (policy.chosen_B / lengths.chosen_B - policy.rejected_B / lengths.rejected_B))
+    chosen_B, rejected_B = policy.chosen_B - reference.chosen_B, policy.rejected_B - reference.rejected_B
+    if objective == "ipo":
+        return (0.5 + beta * (chosen_B / lengths.chosen_B - rejected_B / lengths.rejected_B)).clamp(0.0, 1.0)
+    return torch.sigmoid(beta * (chosen_B - rejected_B))
 
 
 def on_policy_weights(alignment: PairLogps) -> Tensor:

@@ -42,14 +42,42 @@ class LoraLinear(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=place))
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.switch.is_on and x.is_cuda:  # float32 products would cost more there than the base's own, in bfloat16
+            return in_base_type(self.base, x, self.lora_A, self.lora_B, self.scaling)
         y: Tensor = self.base(x)
         if not self.switch.is_on:
             return y
-        if y.is_cuda:  # float32 products would cost more there than the base's own, in bfloat16
-            low_TR = linear(x, self.lora_A.to(x.dtype)).flatten(0, -2)
-            return torch.addmm(y.flatten(0, -2), low_TR, self.lora_B.to(y.dtype).T, alpha=self.scaling).view_as(y)
         low = linear(x.to(self.lora_A.dtype), self.lora_A)
         return y + (linear(low, self.lora_B) * self.scaling).to(y.dtype)
+
+
+class _InBaseType(torch.autograd.Function):
+    """An adapted linear whose products add up in place; the base's weights have no gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, a_RI: Tensor, b_OR: Tensor, scaling: float
+    ) -> Tensor:
+        low_TR = x_TI @ a_RI.T
+        y_TO = linear(x_TI, weight_OI, bias_O).addmm_(low_TR, b_OR.T, alpha=scaling)
+        ctx.save_for_backward(x_TI, weight_OI, a_RI, b_OR, low_TR)
+        ctx.scaling = scaling
+        return y_TO
+
+    @staticmethod
+    def backward(ctx: Any, pull_TO: Tensor) -> tuple[Tensor, None, None, Tensor, Tensor, None]:
+        x_TI, weight_OI, a_RI, b_OR, low_TR = ctx.saved_tensors
+        pull_TR = (pull_TO @ b_OR).mul_(ctx.scaling)
+        pull_TI = (pull_TO @ weight_OI).addmm_(pull_TR, a_RI)
+        return pull_TI, None, None, pull_TR.T @ x_TI, (pull_TO.T @ low_TR).mul_(ctx.scaling), None
+
+
+def in_base_type(base: nn.Linear, x: Tensor, a_RI: Tensor, b_OR: Tensor, scaling: float) -> Tensor:
+    """y = W x + scaling · B A x, all of it in x's type."""
+    y_TO: Tensor = _InBaseType.apply(
+        x.flatten(0, -2), base.weight, base.bias, a_RI.to(x.dtype), b_OR.to(x.dtype), scaling
+    )
+    return y_TO.view(*x.shape[:-1], -1)
 
 
 class Encoded(NamedTuple):
@@ -65,7 +93,7 @@ class Scored(NamedTuple):
     """What losses are made of, for B pairs."""
 
     policy: PairLogps  # sums of log-probs; carry gradients
-    lengths: PairLogps  # tokens
+    lengths: PairLogps  # tokens, those of LD-DPO by their weights
     alignment: PairLogps  # see objective.on_policy_weights
 
 
@@ -172,11 +200,15 @@ class Policy:
         before = self._anchor or {n: torch.zeros_like(t) if "lora_B" in n else t for n, t in own.items()}
         self._anchor = {name: before[name].lerp(tensor, 1 - decay) for name, tensor in own.items()}
 
+    def base_logps(self, pairs: Sequence[Encoded]) -> PairLogps:
+        """The base's log-probs of encoded ``pairs``, which came with them."""
+        return PairLogps(*_columns((p.reference_chosen, p.reference_rejected) for p in pairs).to(self.device))
+
     @torch.no_grad()
     def reference(self, pairs: Sequence[Encoded]) -> PairLogps:
-        """The reference's log-probs of encoded ``pairs``: they came with them, or are computed where it moves."""
+        """The log-probs that preferences are measured against: the base's, or the anchor's where that moves."""
         if self._anchor is None:
-            return PairLogps(*_columns((p.reference_chosen, p.reference_rejected) for p in pairs).to(self.device))
+            return self.base_logps(pairs)
         own = {name: tensor.clone() for name, tensor in self.tensors().items()}
         self.load(self._anchor)
         try:
@@ -260,8 +292,7 @@ class Policy:
         room = [end - start for start, end in zip(rows.starts, ends, strict=True)]
         parts = [pad(p.hidden_TD, (0, 0, 0, most - p.tokens.total)) for p, most in zip(pairs, room, strict=True)]
         policy, alignment = self._score(rows, torch.cat(parts).view(*rows.tokens_BT.shape, -1))
-        lengths = _columns((float(len(p.tokens.chosen)), float(len(p.tokens.rejected))) for p in pairs)
-        return Scored(policy, PairLogps(*lengths.to(self.device)), alignment)
+        return Scored(policy, _by_side(rows, rows.weight_M), alignment)
 
 
 def _columns(values: Iterator[tuple[float, float]]) -> Tensor:

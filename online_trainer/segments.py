@@ -8,6 +8,7 @@ rejected's, too: keys and values are gathered, queries stay where they are, and 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from inspect import signature
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
@@ -17,6 +18,8 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 
 ATTENTION = "tiebreak_segments"
+# torch before 2.12 needs no word for more heads of queries than of keys
+GROUPED: Any = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
 
 
 class Segments(NamedTuple):
@@ -58,8 +61,7 @@ def _starts(sizes: Sequence[int]) -> Tensor:
 
 def attend(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float, window: int | None) -> Tensor:
     """[T, H, D], [T, K, D], [T, K, D] → [T, H, D]."""
-    groups = query.shape[1] // key.shape[1]
-    key, value = (each.index_select(0, segments.keys).repeat_interleave(groups, 1) for each in (key, value))
+    key, value = (each.index_select(0, segments.keys) for each in (key, value))
     kernel = _by_kernel if query.is_cuda else _one_by_one
     return kernel(query, key, value, segments, scale, window)
 
@@ -70,7 +72,7 @@ def _by_kernel(
     left = window - 1 if window is not None and window < segments.longest_key else -1
     out = varlen_attn(
         query, key, value, segments.query_starts, segments.key_starts, segments.longest_query, segments.longest_key,
-        scale=scale, window_size=(left, 0),
+        scale=scale, window_size=(left, 0), **GROUPED,
     )  # fmt: skip
     assert isinstance(out, Tensor)
     return out
@@ -90,7 +92,9 @@ def _one_by_one(
         query_1HqD, key_1HkD, value_1HkD = (
             each.transpose(0, 1)[None] for each in (query[queries], key[keys], value[keys])
         )
-        out_1HqD = scaled_dot_product_attention(query_1HqD, key_1HkD, value_1HkD, attn_mask=mask, scale=scale)
+        out_1HqD = scaled_dot_product_attention(
+            query_1HqD, key_1HkD, value_1HkD, attn_mask=mask, scale=scale, enable_gqa=True
+        )
         outputs.append(out_1HqD[0].transpose(0, 1))
     return torch.cat(outputs)
 

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -105,8 +106,9 @@ class Theirs:
         lora = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(TrainerConfig().targets), lora_dropout=0.0)
         arguments = DPOConfig(
             output_dir=self._folder.name, beta=BETA, report_to=[], bf16=False, use_liger_kernel=uses_liger,
-            use_cpu=not torch.cuda.is_available(), gradient_checkpointing=False, activation_checkpointing=False,
+            use_cpu=not torch.cuda.is_available(), gradient_checkpointing=False,
             max_length=None, disable_dropout=True, per_device_train_batch_size=batch,
+            **dict.fromkeys({"activation_checkpointing"} & {field.name for field in fields(DPOConfig)}, False),
         )  # fmt: skip
         rows = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}] * 2)  # replaced by our tokens
         self.trainer = DPOTrainer(

@@ -11,8 +11,8 @@ from online_trainer.batches import PairTokens
 from online_trainer.config import TrainerConfig
 from online_trainer.errors import UnusableExamples
 from online_trainer.evaluate import Drift, heldout, judged
-from online_trainer.learner import Example, Learner
-from online_trainer.policy import Policy
+from online_trainer.learner import Example, Learner, Task
+from online_trainer.policy import Policy, load_model
 from tests.unit.online_trainer.kit import tiny_policy, tokens, with_settings
 
 TEXTS = [tokens(4, 5, 5), tokens(3, 4, 4, start=30)]
@@ -190,3 +190,30 @@ def test_a_pair_that_is_wrong_beyond_all_measure_is_learned_from_all_the_same(po
     far = Example("far", policy.encode([tokens(5, 4, 3)])[0]._replace(reference_chosen=1e5))
     lesson = Learner(policy, with_settings(beta=10.0), lambda: 0.0).learn([far])
     assert lesson.agreement == {"far": 0.0}
+
+
+def test_whatever_preferences_are_measured_against_verdicts_and_thumbs_are_judged_from_the_base(policy: Policy) -> None:
+    found = learner(policy, with_settings(kl_budget=0.0))
+    for _ in range(3):
+        found.learn(taste(policy))
+    by_base, anchored = judged(policy, taste(policy), 0.1), learner(policy, with_settings(kl_budget=0.0))
+    rate = anchored.accumulate([thumbs(policy)], Task(6, 1, 0.05, 0.0)).metrics["loss"]
+    policy.anchor_at(policy.tensors())
+    assert judged(policy, taste(policy), 0.1).margin_B.tolist() == by_base.margin_B.tolist()
+    assert (by_base.margin_B.abs() > 1e-3).all(), "the anchor itself would say 0"
+    assert anchored.accumulate([thumbs(policy)], Task(6, 1, 0.05, 0.0)).metrics["loss"] == pytest.approx(rate, rel=1e-6)
+
+
+def test_the_likelihood_term_leaves_ties_alone_and_counts_length_as_the_sums_do(tiny_model: Path) -> None:
+    model, tokenizer = load_model(tiny_model, "float32")
+    policy = Policy(model, tokenizer, rank=4, alpha=8.0, layers=1, targets=("q_proj",), seed=0, ld_alpha=0.0)
+    tie = Example("tie", policy.encode([tokens(4, 3, 3)])[0], is_tie=True)
+    longer = Example("longer", policy.encode([tokens(4, 9, 3)])[0])
+    losses = {}
+    for weight in (0.0, 1.0):
+        settings = with_settings(objective="davidson", nll_weight=weight, label_smoothing=0.0)
+        each = Learner(policy, settings, lambda: 0.0)
+        losses[weight] = [each.accumulate([[one]], Task(1, 1, 0.0, 0.0)).metrics["loss"] for one in (tie, longer)]
+    assert losses[1.0][0] == losses[0.0][0]
+    first = policy.encode([tokens(4, 3, 3)])[0]  # with ld_alpha 0 only as many tokens count as the other side has
+    assert losses[1.0][1] - losses[0.0][1] == pytest.approx(-first.reference_chosen / 3, rel=1e-4)

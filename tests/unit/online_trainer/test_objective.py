@@ -11,6 +11,7 @@ from torch import Tensor
 
 from online_trainer.objective import (
     MOST_FLIPS,
+    Objective,
     PairLogps,
     davidson_loss,
     flip_rate,
@@ -21,6 +22,7 @@ from online_trainer.objective import (
     reward_metrics,
     robust_loss,
     sigmoid_loss,
+    win_probability,
 )
 
 LENGTHS = PairLogps(torch.tensor([2.0]), torch.tensor([4.0]))
@@ -131,3 +133,24 @@ def test_the_share_of_flipped_verdicts_is_found(share: float) -> None:
     assert flip_rate(seen) == pytest.approx(share, abs=0.03)
     assert flip_rate(torch.full((500,), -9.0)) == MOST_FLIPS
     assert flip_rate(torch.empty(0)) == pytest.approx(0.1)
+
+
+def test_ipo_stops_a_bias_s_share_of_a_half_later() -> None:
+    policy, reference = logps(-1.0, -4.0), logps(-2.0, -2.0)  # mean margin 1/2 + 1/2, over 2 and 4 tokens
+    plain = preference_loss(policy, reference, LENGTHS, objective="ipo", beta=0.5)
+    biased = preference_loss(
+        policy, reference, LENGTHS, objective="ipo", beta=0.5, offset_B=torch.tensor([0.4])
+    )  # an offset of 0.4 log-odds is 0.1 in probability, and 0.2 of margin
+    assert plain.item() == pytest.approx(0.0, abs=1e-6) and biased.item() == pytest.approx(0.04)
+
+
+def test_the_probability_of_a_verdict_is_in_each_objective_s_own_words() -> None:
+    policy, reference = logps(-1.0, -4.0), logps(-2.0, -2.0)
+
+    def said(objective: Objective, beta: float) -> float:
+        return float(win_probability(policy, reference, LENGTHS, objective=objective, beta=beta))
+
+    assert said("sigmoid", 0.1) == pytest.approx(1 / (1 + math.exp(-0.3)))  # the margin is 1 + 2
+    assert said("ipo", 0.3) == pytest.approx(0.8)  # the mean margin is 1, and IPO's is (p − ½)/β
+    assert said("ipo", 2.0) == 1.0
+    assert said("simpo", 2.0) == pytest.approx(1 / (1 + math.exp(-1.0)))  # −1/2 + 4/4 a token, whatever the reference

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from online_trainer.errors import IncompatibleAdapter
-from online_trainer.policy import Policy
+from online_trainer.policy import LoraLinear, Policy, Switch, in_base_type
 from tests.unit.online_trainer.kit import tiny_policy, tokens, with_settings
 
 PAIR = tokens(5, 4, 3)
@@ -91,3 +91,19 @@ def test_shrinking_to_nothing_is_the_base_and_reset_starts_anew(policy: Policy) 
 
 def test_more_layers_than_the_model_has_means_all(tiny_model: Path) -> None:
     assert len(tiny_policy(tiny_model, with_settings(layers=50)).adapters) == 14
+
+
+def test_an_adapted_linear_in_the_base_s_type_is_the_one_in_two_types() -> None:
+    torch.manual_seed(3)
+    base, x = torch.nn.Linear(6, 5), torch.randn(2, 4, 6)
+    found = []
+    for is_in_base_type in (False, True):
+        lora, inputs = LoraLinear(base, 3, 0.7, Switch()), x.clone().requires_grad_()
+        torch.manual_seed(4)
+        with torch.no_grad():
+            lora.lora_A.normal_(), lora.lora_B.normal_()
+        y = in_base_type(base, inputs, lora.lora_A, lora.lora_B, 0.7) if is_in_base_type else lora(inputs)
+        y.square().sum().backward()
+        found.append([y, inputs.grad, lora.lora_A.grad, lora.lora_B.grad])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
