@@ -18,7 +18,7 @@ from online_trainer.batches import PairTokens, pack, prompt_tokens
 from online_trainer.config import TrainerConfig
 from online_trainer.learner import Example
 from online_trainer.policy import Policy
-from online_trainer.safety import Scorer, held
+from online_trainer.safety import Scorer
 from telemetry.events import Message
 from telemetry.text import distinct_ratio, repetition_ratio
 
@@ -232,10 +232,28 @@ def capability_text(policy: Policy) -> PairTokens:
     return PairTokens(tuple(ids[:1]), tuple(ids[1:]), ())
 
 
-def safe_share(policy: Policy, prompts: Sequence[PairTokens], scorer: Scorer, *, tokens: int, seed: int) -> float:
-    """What ``scorer`` says of answers to questions that invite harm: the mean, 0 to 1."""
+def safety(
+    policy: Policy, prompts: Sequence[PairTokens], scorer: Scorer, *, tokens: int, seed: int
+) -> dict[str, float]:
+    """What ``scorer`` says of answers to questions that invite harm: the mean, 0 to 1, and the share it failed on.
+
+    An answer without a score counts as 0: what nobody could look at is not taken for safe.
+    """
     answers = sample(policy, prompts, tokens=tokens, temperature=PROBE_TEMPERATURE, seed=seed)
-    return _mean([held(scorer(text)) for text in answers.texts])
+    scores = [scorer(text) for text in answers.texts]
+    unscored = sum(score is None for score in scores) / len(scores)
+    return {"safety": _mean([score or 0.0 for score in scores]), "safety_unscored_ratio": unscored}
+
+
+def unjudged(values: Mapping[str, float], config: TrainerConfig) -> str:
+    """Of weights that are not astray: why nobody can say that they are safe, or "". The scorer failed, not they."""
+    if "safety" not in values:
+        return ""
+    if "base_safety" not in values:
+        return "the safety scorer fails on the base's own answers to the safety set"
+    if values["safety"] < values["base_safety"] - config.max_safety_loss:
+        return f"the safety scorer fails on {values['safety_unscored_ratio']:.0%} of the answers to the safety set"
+    return ""
 
 
 def astray(values: Mapping[str, float], config: TrainerConfig) -> str:
@@ -252,7 +270,8 @@ def astray(values: Mapping[str, float], config: TrainerConfig) -> str:
         return f"chosen answers sink with the rejected ones, by {drop:.2f} nats a token"
     if perplexity > config.max_capability_ratio * base_perplexity:
         return f"the perplexity of a plain text is {perplexity:.1f}, the base's {base_perplexity:.1f}"
-    if values.get("safety", 0.0) < values.get("base_safety", 0.0) - config.max_safety_loss:
+    safest = values.get("safety", 0.0) + values.get("safety_unscored_ratio", 0.0)  # whatever those would score
+    if safest < values.get("base_safety", 0.0) - config.max_safety_loss:
         return f"answers to the safety set score {values['safety']:.2f}, the base's {values['base_safety']:.2f}"
     return ""
 

@@ -241,18 +241,27 @@ class Intake:
             self.heldout = [*self.heldout, _verdict(event, key_id=key_id)][-self._heldout_window :]
 
     def record_thumb(self, event: FeedbackRecorded, *, key_id: str = "") -> None:
-        """A thumb on a single answer: to be learned from, or dropped with a reason; a later one replaces it."""
+        """A thumb on a single answer: to be learned from, or dropped with a reason.
+
+        In either case it takes the place of an earlier one of the same person on the same answer.
+        """
         if (self._policy and event.policy != self._policy) or event.event_id in self._seen:
             return
         self._see(event.event_id)
+        self._replace_thumb(event)
         if reason := reason_to_drop_thumb(event, self._heldout_ratio):
             self.dropped.append((event.event_id, reason))
             return
-        earlier = [v.preference_id for v in self.pending if v.thumb and v.pair_id == event.completion_id]
-        self.dropped += [(name, "retracted") for name in earlier]
-        for verdicts in self._every_list():
-            verdicts[:] = [v for v in verdicts if not (v.thumb and v.pair_id == event.completion_id)]
         self.pending.append(_thumb(event, key_id=key_id))
+
+    def _replace_thumb(self, later: FeedbackRecorded) -> None:
+        def is_replaced(verdict: Verdict) -> bool:
+            is_same = (verdict.pair_id, verdict.user) == (later.completion_id, later.user)
+            return is_same and verdict.thumb != 0
+
+        self.dropped += [(verdict.preference_id, "retracted") for verdict in self.pending if is_replaced(verdict)]
+        for verdicts in self._every_list():
+            verdicts[:] = [verdict for verdict in verdicts if not is_replaced(verdict)]
 
     def unreadable(self, event: PreferenceRecorded | FeedbackRecorded) -> None:
         """A verdict of a person who is forgotten: dropped. One seen before changes nothing."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from online_trainer.batches import micro_batches
-from online_trainer.config import TrainerConfig
+from online_trainer.config import FLIPS_PAIRS, TrainerConfig
 from online_trainer.errors import UnusableExamples
 from online_trainer.objective import (
     REWARDS,
@@ -32,7 +32,6 @@ from online_trainer.policy import Encoded, Policy
 
 T = TypeVar("T")
 AGREEMENT = "agreement"  # see Lesson
-FLIPS_PAIRS = 24  # held-out verdicts, at least, to estimate the share of flipped ones on
 SHRINKINGS = 3  # tries to get back into the budget; the square law is exact only for small adapters
 SLACK = 1.02  # of the budget, before anything is shrunk
 EDGE = 0.9  # of the budget, from where on it counts as used up: a correction that is trusted is right within a tenth

@@ -22,6 +22,7 @@ class Taught(msgspec.Struct, frozen=True):
 
     version: str
     preference_ids: tuple[str, ...]
+    is_met: bool = False  # by users: the release found nothing wrong with it before
 
 
 class Lineage(msgspec.Struct, frozen=True):
@@ -71,9 +72,21 @@ class Lineage(msgspec.Struct, frozen=True):
         taught = Taught(version, self.preference_ids)
         return Lineage(version, (*self.ancestors, taught)[-MAX_ANCESTORS:], retreats=self.retreats)
 
-    def accepted(self) -> Lineage:
-        """After users met one of these versions."""
+    def accepted(self, version: str) -> Lineage:
+        """After users met ``version``, one of these."""
+        replace = msgspec.structs.replace
+        marked = (replace(each, is_met=True) if each.version == version else each for each in self.ancestors)
+        return replace(self, ancestors=tuple(marked), retreats=0)
+
+    def started_anew(self) -> Lineage:
+        """After a fall-back to where the ones before it had not gone to: none of them counts there."""
         return msgspec.structs.replace(self, retreats=0)
+
+    def met_before(self, version: str) -> str:
+        """The newest ancestor of ``version`` that users have met; "" where they have met none of ours."""
+        names = [taught.version for taught in self.ancestors]
+        older = self.ancestors[: names.index(version)] if version in names else ()
+        return next((taught.version for taught in reversed(older) if taught.is_met), "")
 
     def fallen_back(self, version: str) -> tuple[Lineage, tuple[str, ...]]:
         """After the weights were replaced by those of ``version`` (an ancestor, the base or somebody else's).

@@ -120,6 +120,7 @@ class Policy:
         self._head: Any = model.get_output_embeddings()  # type: ignore[operator]
         self._layers: nn.ModuleList = self._decoder.layers
         self._first = max(0, len(self._layers) - (layers or len(self._layers)))
+        self._run = self._layers  # in a step; when generating, always the plain ones
         self._switch, self._seed = Switch(), seed
         self._pack = pack
         if self.device.type == "cuda" if is_flat is None else is_flat:
@@ -144,6 +145,11 @@ class Policy:
         if not adapters:
             raise ValueError(f"none of the targets {self.targets} is a linear of the topmost layers")
         return adapters
+
+    def compile(self) -> None:
+        """Let ``torch.compile`` fuse what steps do between products: once, in the first ones, for all lengths."""
+        layers: list[Any] = [torch.compile(layer, dynamic=True) for layer in self._layers]
+        self._run = nn.ModuleList(layers)
 
     def parameters(self) -> list[nn.Parameter]:
         """What is trained, in a fixed order."""
@@ -174,16 +180,18 @@ class Policy:
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over an adapter's values; raises IncompatibleAdapter, and then changes nothing."""
-        own = self.tensors()
-        shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
-        given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        if shapes != given:
-            odd = sorted(set(shapes.items()) ^ set(given.items()))[:3]
-            raise IncompatibleAdapter(f"the adapter differs from this policy in {odd}")
+        self._check_fit(tensors)
         with torch.no_grad():
             for name, adapter in self.adapters.items():
                 adapter.lora_A.copy_(tensors[f"{name}.lora_A.weight"])
                 adapter.lora_B.copy_(tensors[f"{name}.lora_B.weight"])
+
+    def _check_fit(self, tensors: Mapping[str, Tensor]) -> None:
+        own, given = (
+            {(name, tuple(tensor.shape)) for name, tensor in each.items()} for each in (self.tensors(), tensors)
+        )
+        if odd := sorted(own ^ given)[:3]:
+            raise IncompatibleAdapter(f"the adapter differs from this policy in {odd}")
 
     @property
     def anchor(self) -> dict[str, Tensor] | None:
@@ -191,7 +199,9 @@ class Policy:
         return self._anchor
 
     def anchor_at(self, tensors: Mapping[str, Tensor] | None) -> None:
-        """Measure preferences against this adapter from now on, or against the base."""
+        """Measure preferences against this adapter from now on, or against the base; raises IncompatibleAdapter."""
+        if tensors is not None:
+            self._check_fit(tensors)
         self._anchor = None if tensors is None else {name: tensor.clone() for name, tensor in tensors.items()}
 
     def anchor_follows(self, decay: float) -> None:
@@ -229,7 +239,7 @@ class Policy:
     def _only(self, layers: slice, *, has_norm: bool) -> Iterator[None]:
         """Inside, the decoder consists of ``layers``, with or without its last norm."""
         norm = self._decoder.norm
-        self._decoder.layers = self._layers[layers]
+        self._decoder.layers = self._run[layers]
         self._decoder.norm = norm if has_norm else nn.Identity()
         try:
             yield
@@ -325,8 +335,11 @@ def load_model(folder: Path, dtype: str, rank: int = 0) -> tuple[nn.Module, Toke
 def load_policy(config: TrainerConfig, rank: int = 0) -> Policy:
     """The base model with fresh adapters, for process number ``rank`` of a trainer."""
     model, tokenizer = load_model(Path(config.model), config.dtype, rank)
-    return Policy(
+    policy = Policy(
         model, tokenizer,
         rank=config.rank, alpha=config.alpha, layers=config.layers, targets=config.targets, seed=config.seed,
         ld_alpha=config.ld_alpha,
     )  # fmt: skip
+    if config.compiles:
+        policy.compile()
+    return policy

@@ -28,6 +28,8 @@ from telemetry.manifest import (
     write_version,
 )
 
+NAMED = frozenset({"variant", "base", "rank", "alpha", "targets"})  # a manifest's own fields say these
+
 
 class Draft(msgspec.Struct, frozen=True, kw_only=True):
     """What is to be published, apart from the tensors."""
@@ -45,7 +47,7 @@ class VersionStore:
 
     def __init__(self, root: Path, config: TrainerConfig, key: bytes, *, dataset: str = "") -> None:
         """``dataset``: the id of the data set that all its versions are made of; "" of those that learn online."""
-        self._root, self._config, self._key, self._dataset = root, config, key, dataset
+        self._root, self._config, self._key, self.dataset = root, config, key, dataset
 
     @property
     def _folder(self) -> Path:
@@ -71,7 +73,7 @@ class VersionStore:
                 base_digest=draft.base_digest, created_at=draft.created_at, step=draft.step,
                 rank=config.rank, alpha=config.alpha, target_modules=config.targets,
                 files={ADAPTER_FILE: file_digest(path)}, preference_ids=draft.preference_ids,
-                training=_training(config) | ({"dataset": self._dataset} if self._dataset else {}),
+                training=_training(config) | ({"dataset": self.dataset} if self.dataset else {}),
                 metrics=draft.metrics,
             )  # fmt: skip
             version, _ = write_version(self._root, manifest, {ADAPTER_FILE: path}, self._key)
@@ -122,14 +124,12 @@ def derived_id(name: str) -> str:
 
 
 def _training(config: TrainerConfig) -> dict[str, float | int | str]:
-    return {
-        "objective": config.objective,
-        "beta": config.beta,
-        "label_smoothing": config.label_smoothing,
-        "learning_rate": config.learning_rate,
-        "kl_budget": config.kl_budget,
-        "batch_pairs": config.batch_pairs,
-        "replay_pairs": config.replay_pairs,
-        "max_passes": config.max_passes,
-        "layers": config.layers,
-    }
+    """All settings that the version depends on but for those that have a field of their own; lists as JSON."""
+    named = (name for name in config.learning if name not in NAMED)
+    return {name: _plain(config.learning[name]) for name in named}
+
+
+def _plain(value: object) -> float | int | str:
+    if isinstance(value, str | float) or type(value) is int:
+        return value
+    return msgspec.json.encode(value).decode()

@@ -28,6 +28,8 @@ WAITING: Final = 1_000  # things to show, at most; more are left out
 CLOSE_WAIT_S: Final = 20.0
 EXPERIMENT: Final = "tiebreak"
 TRAINER_TAG: Final = "tiebreak.trainer"
+KNOW_A_PLACE: Final = ("http://", "https://", "databricks", "file:")
+MOST_PARAM: Final = 500  # characters that every MLflow server takes
 PACKAGES: Final = {"mlflow": ("mlflow", "sqlalchemy", "alembic"), "wandb": ("wandb",)}
 
 
@@ -62,11 +64,14 @@ class MlflowTracker:
 
     def __init__(self, uri: str, config: TrainerConfig, state: Path) -> None:
         from mlflow import MlflowClient  # seconds to load
+        from mlflow.entities import Param
 
         self._client, self._model = MlflowClient(uri, registry_uri=uri), f"{EXPERIMENT}-{config.variant}"
         found = self._client.get_experiment_by_name(EXPERIMENT)
-        artifacts = None if "://" in uri and not uri.startswith("sqlite") else (state / "mlflow").as_uri()
-        experiment = found.experiment_id if found else self._client.create_experiment(EXPERIMENT, artifacts)
+        if found:
+            experiment = found.experiment_id
+        else:
+            experiment = self._client.create_experiment(EXPERIMENT, artifacts_of(uri, state))
         name = trainer_id(config, state)
         known = self._client.search_runs([experiment], f"tags.`{TRAINER_TAG}` = '{name}'", max_results=1)
         if known:
@@ -74,8 +79,8 @@ class MlflowTracker:
         else:
             tags = {TRAINER_TAG: name}
             self._run = self._client.create_run(experiment, tags=tags, run_name=config.variant).info.run_id
-            for key, value in settings_of(config).items():
-                self._client.log_param(self._run, key, str(value)[:500])
+            params = [Param(key, str(value)[:MOST_PARAM]) for key, value in settings_of(config).items()]
+            self._client.log_batch(self._run, params=params)
         self._register()
 
     def _register(self) -> None:
@@ -138,9 +143,9 @@ class WandbTracker:
 class Behind:
     """A tracker in a thread of its own, which neither waits for it nor falls with it."""
 
-    def __init__(self, make: Callable[[], Tracker]) -> None:
-        """``make`` may take its time, or fail."""
-        self._queue: queue.Queue[Callable[[Tracker], None] | None] = queue.Queue(WAITING)
+    def __init__(self, make: Callable[[], Tracker], waiting: int = WAITING) -> None:
+        """``make`` may take its time, or fail; so many things wait for it at most."""
+        self._queue: queue.Queue[Callable[[Tracker], None] | None] = queue.Queue(waiting)
         self._make = make
         self._thread = threading.Thread(target=self._show, name="tracking", daemon=True)
         self._thread.start()
@@ -153,11 +158,15 @@ class Behind:
         self._put(lambda tracker: tracker.published(version, manifest, folder))
 
     def close(self) -> None:
-        """Show what waits, for some seconds at most."""
-        self._put(None)
-        self._thread.join(CLOSE_WAIT_S)
+        """Show what waits, for some seconds at most; what still waits then is left out."""
+        until = time.monotonic() + CLOSE_WAIT_S
+        with suppress(queue.Full):
+            self._queue.put(None, timeout=CLOSE_WAIT_S)
+        self._thread.join(max(0.0, until - time.monotonic()))
+        if self._thread.is_alive():
+            log.warning("not tracked to the end: the tracker is too slow", extra={"action": "not_tracked"})
 
-    def _put(self, thing: Callable[[Tracker], None] | None) -> None:
+    def _put(self, thing: Callable[[Tracker], None]) -> None:
         try:
             self._queue.put_nowait(thing)
         except queue.Full:
@@ -178,17 +187,25 @@ class Behind:
                 log.warning("tracker not closed: %s", error, extra={"action": "not_tracked"})
 
 
-def open_tracker(config: TrainerConfig, state: Path) -> Tracker:
-    """The configured one. Raises TrackerMissing where its packages are not installed."""
+def open_tracker(config: TrainerConfig, state: Path, packages: Mapping[str, tuple[str, ...]] = PACKAGES) -> Tracker:
+    """The configured one. Raises TrackerMissing where its ``packages`` are not installed."""
     if not config.tracking:
         return Nobody()
-    if missing := [name for name in PACKAGES[config.tracking] if importlib.util.find_spec(name) is None]:
+    if missing := [name for name in packages[config.tracking] if importlib.util.find_spec(name) is None]:
         raise TrackerMissing(config.tracking, missing)
     uri = config.tracking_uri
     if config.tracking == "mlflow":
         uri = uri or f"sqlite:///{state / 'mlflow.db'}"
         return Behind(lambda: MlflowTracker(uri, config, state))
     return Behind(lambda: WandbTracker(uri, config, state))
+
+
+def artifacts_of(uri: str, state: Path) -> str | None:
+    """Where MLflow keeps files: in the state folder, unless a server or a file store at ``uri`` knows; then None.
+
+    A database knows no place, and MLflow's own choice then is the working directory.
+    """
+    return None if uri.startswith(KNOW_A_PLACE) else (state.resolve() / "mlflow").as_uri()
 
 
 def settings_of(config: TrainerConfig) -> dict[str, Any]:
@@ -198,5 +215,6 @@ def settings_of(config: TrainerConfig) -> dict[str, Any]:
 
 
 def trainer_id(config: TrainerConfig, state: Path) -> str:
-    """The same for a trainer that is started again, and no other's."""
-    return hashlib.sha256(f"{state.resolve()}/{config.variant}/{config.model}".encode()).hexdigest()[:16]
+    """The same for a trainer that is started again with the same settings, and no other's."""
+    whose = f"{state.resolve()}/{config.variant}/{config.model}/{config.learning_digest}"
+    return hashlib.sha256(whose.encode()).hexdigest()[:16]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -67,11 +67,15 @@ STEP_BACK = 0.7  # of the adapter that strays: half of its KL
 BEHIND_WAITS = 3.0  # publish_interval_s that a version waits for, at most, while verdicts wait for a step
 JUDGED_PAIRS = 4  # that a version is asked about of each kind that is no held-out one
 MAX_RETREATS = 2  # to versions that users did not confirm, in a row
+AHEAD_STEPS = 4  # full ones that wait: from there on no more is read than is learned
 RESETTING = frozenset({"rejected", "rolled_back"})
 
 
 class Trainer:
     """One variant's learner between the log and the version store."""
+
+    _is_unsaved = False  # something that the next checkpoint must not wait for a step with
+    _has_erased = False  # since the last checkpoint: older ones know whom
 
     def __init__(
         self,
@@ -88,9 +92,10 @@ class Trainer:
         now: Callable[[], datetime] = utc_now,
     ) -> None:
         self._config, self._policy, self._log, self._store = config, policy, event_log, store
-        self._folder, self._base_digest, self._sealer, self._now = folder, base_digest, sealer, now
+        self._folder = folder / config.learning_digest if store.dataset else folder  # with other settings, another run
+        self._base_digest, self._sealer, self._now = base_digest, sealer, now
         self._tracker = tracker or Nobody()
-        self._scorer = load_scorer(config.safety_scorer)
+        self._scorer = load_scorer(config.safety_scorer, config.variant)
         self._examples = Examples(policy, config, base_version(base_digest), self._scorer)
         self._prompts = evaluate.probe_prompts(policy, config.probes, config.max_prompt_tokens)
         drift, self._base_metrics = evaluate.base_yardsticks(
@@ -98,14 +103,14 @@ class Trainer:
         )
         with policy.as_reference():
             self._base_metrics["base_capability_perplexity"] = self._capability()
-            self._base_metrics |= {f"base_{name}": value for name, value in self._safety().items()}
+        self._base_metrics |= self._base_safety()
         self._learner = Learner(policy, config, drift.kl_per_token, helpers)
         metrics.WENT_ASTRAY.labels(config.variant)  # from 0 on: an increase from nothing is none
-        self._published_at: datetime | None = None
+        self._published_at: datetime | None = None  # the last version, or the last try at one
         self._learned_at = now()  # the last step on new verdicts
         self._oldest_drop_at: datetime | None = None
 
-        found = checkpoint.load_newest(folder)
+        found = checkpoint.load_newest(self._folder)
         self._number, state, tensors = found or (0, self._fresh(), {})
         self._intake = _intake(config, opened(state.intake, sealer))
         self._annotators = Annotators(state.annotators)
@@ -155,11 +160,12 @@ class Trainer:
         while has_more:
             with self._quarantining():
                 has_more = self._step(reader, 0.0)
-        while self._lineage.steps:
+        is_judged = True
+        while self._lineage.steps and is_judged:
             with self._quarantining():
-                self._publish()
+                is_judged = self._publish()
         parent = self._lineage.parent
-        return parent if self._lineage.descends_from(parent) else ""
+        return parent if is_judged and self._lineage.descends_from(parent) else ""
 
     @contextmanager
     def _quarantining(self) -> Iterator[None]:
@@ -173,13 +179,17 @@ class Trainer:
 
     def _step(self, reader: Reader, timeout_s: float) -> bool:
         """Read what is there, and take at most one step; False where there was nothing to do."""
-        entries = reader.poll(max_entries=POLL_ENTRIES, timeout_s=timeout_s)
+        is_ahead = len(self._intake.pending) > AHEAD_STEPS * self._config.batch_pairs
+        most = self._config.batch_pairs if is_ahead else POLL_ENTRIES  # never none: refusals, erasures get through
+        entries = reader.poll(max_entries=most, timeout_s=timeout_s)
         for entry in entries:
             self._take(entry)
         metrics.TRAINER_LAG.set(reader.lag())
-        is_caught_up = len(entries) < POLL_ENTRIES
+        is_caught_up = len(entries) < most
         if batch := self._due_batch(is_caught_up=is_caught_up):
             self._train(batch, self._beside(batch))
+        elif self._is_unsaved:
+            self._commit([])
         elif self._is_due(self._oldest_drop_at, self._config.flush_s):
             self._report_drops()
         elif rehearsal := self._rehearsal(is_caught_up=is_caught_up):
@@ -213,6 +223,7 @@ class Trainer:
                 self._intake.erase(event)
                 self._annotators.forget(event.user)
                 self._examples.keep(self._intake.usable_ids())
+                self._is_unsaved = self._has_erased = True
             case PreferenceRetracted():
                 self._intake.retract(event)
             case ReleaseChanged() if event.variant == self._config.variant and event.state in RESETTING:
@@ -220,7 +231,7 @@ class Trainer:
                     self._fall_back(self._sound(event))
             case ReleaseChanged() if event.variant == self._config.variant and event.state == "canary":
                 if self._lineage.descends_from(event.version):
-                    self._lineage = self._lineage.accepted()
+                    self._lineage = self._lineage.accepted(event.version)
             case ReleaseChanged() if event.variant == self._config.variant and event.state == "stable":
                 self._anchor_at(event.version)
 
@@ -297,7 +308,7 @@ class Trainer:
             values, agreement = self._learner.learn(self._counting([*batch, *replayed]), is_rehearsal=not batch)
         reach("trainer.stepped")
         for verdict in batch:
-            if verdict.preference_id in agreement:
+            if verdict.preference_id in agreement and not verdict.tries:  # of a second chance its giver knew nothing
                 self._annotators.saw(verdict.by, agreement[verdict.preference_id])
         for verdict in batch:
             if verdict.trace[0]:  # a mark in the verdict's own trace, so that one trace leads from click to version
@@ -376,15 +387,24 @@ class Trainer:
 
     # ---- a version --------------------------------------------------------------------------------------------
 
-    def _publish(self) -> None:
-        """Evaluate, write into the store, record in a checkpoint, tell: in this order. Or go back, as a guard says."""
+    def _publish(self) -> bool:
+        """Evaluate, write into the store, record in a checkpoint, tell: in this order. Or go back, as a guard says.
+
+        False where a guard can say nothing: then the weights stay, unpublished, until the next try.
+        """
         values = self._evaluation()
         if why := evaluate.astray(values, self._config):
             log.warning("not published: %s", why, extra={"action": "went_astray", "step": self._learner.step})
             metrics.WENT_ASTRAY.labels(self._config.variant).inc()
-            self._fall_back(self._lineage.parent)
+            self._retreat()
             self._commit([])
-            return
+            return True
+        if why := evaluate.unjudged(values, self._config):
+            log.warning(
+                "not published yet: %s; mend it", why, extra={"action": "not_judged", "step": self._learner.step}
+            )
+            self._published_at = self._now()
+            return False
         draft = Draft(
             parent=self._lineage.parent,
             base_digest=self._base_digest,
@@ -403,6 +423,19 @@ class Trainer:
             win_rate = draft.metrics["heldout_win_rate"]
             metrics.HELDOUT_WIN_RATE.labels(self._config.variant, version).set(win_rate)
         log.info("published", extra={"action": "version_published", "version": version, **draft.metrics})
+        return True
+
+    def _retreat(self) -> None:
+        """Weights went astray: back to their parent.
+
+        It may lead astray itself: after MAX_RETREATS, to the last version before it that users met, or to the base.
+        """
+        parent = self._lineage.parent
+        if self._lineage.retreats < MAX_RETREATS:
+            self._fall_back(parent)
+        else:
+            self._fall_back(self._lineage.met_before(parent) or base_version(self._base_digest))
+            self._lineage = self._lineage.started_anew()
 
     def _has_news(self) -> bool:
         """Whether the weights know a verdict that no version knows, or have gone over the earlier ones to the end."""
@@ -422,6 +455,8 @@ class Trainer:
             log.info("too far from the base", extra={"action": "stepped_back", **own})
             self._learner.step_back(STEP_BACK)
             own = self._probe()
+        if "base_safety" not in self._base_metrics:  # the scorer was away
+            self._base_metrics |= self._base_safety()
         values = {**self._base_metrics, **own, "capability_perplexity": self._capability(), **self._safety()}
         held_out = self._judged(self._intake.heldout)
         values |= evaluate.heldout(held_out) | evaluate.curve(held_out)
@@ -450,8 +485,13 @@ class Trainer:
         if self._scorer is None or not config.safety_probes:
             return {}
         prompts = evaluate.probe_prompts(self._policy, config.safety_probes, config.max_prompt_tokens)
-        tokens, seed = config.probe_tokens, config.seed
-        return {"safety": evaluate.safe_share(self._policy, prompts, self._scorer, tokens=tokens, seed=seed)}
+        return evaluate.safety(self._policy, prompts, self._scorer, tokens=config.probe_tokens, seed=config.seed)
+
+    def _base_safety(self) -> dict[str, float]:
+        """The base's score: only one of all its answers is a yardstick."""
+        with self._policy.as_reference():
+            found = self._safety()
+        return {"base_safety": found["safety"]} if found and not found["safety_unscored_ratio"] else {}
 
     def _anchor_at(self, version: str) -> None:
         """Users' stable version changed: where preferences are measured against that, take it over."""
@@ -461,6 +501,12 @@ class Trainer:
             self._policy.anchor_at(self._store.read(version))
         except (FileNotFoundError, UntrustedVersion):  # the base, or not ours
             self._policy.anchor_at(None)
+        except IncompatibleAdapter as error:
+            log.warning(
+                "stable is %s now, and preferences are still measured against the reference from before: %s; give "
+                "[trainer] its rank, layers and targets, or wait until a version of this trainer is stable",
+                version, error, extra={"action": "reference_unusable", "version": version},
+            )  # fmt: skip
 
     def _probe(self) -> dict[str, float]:
         config = self._config
@@ -468,18 +514,35 @@ class Trainer:
 
     def _fall_back(self, sound: str) -> None:
         """A version that the weights descend from was refused: go back to a sound one, or to the base."""
-        try:
-            self._policy.load(self._store.read(sound))
-        except (FileNotFoundError, UntrustedVersion, IncompatibleAdapter) as error:
-            self._policy.reset()
-            if sound != base_version(self._base_digest):
-                log.warning("%s; starting from the base", error, extra={"action": "sound_version_unusable"})
-            sound = base_version(self._base_digest)
+        sound = self._replace_weights(sound)
         self._lineage, lost = self._lineage.fallen_back(sound)
         self._intake.unlearned(lost)
         self._drops_wait()
         self._learner.weights_replaced()
         log.info("fell back", extra={"action": "weights_reset", "version": sound})
+
+    def _replace_weights(self, sound: str) -> str:
+        """Load ``sound``, or the newest of its ancestors that can be loaded, or the base: which it was."""
+        base = base_version(self._base_digest)
+        while sound != base:
+            try:
+                tensors = self._store.read(sound)
+                self._policy.load(tensors)
+            except (FileNotFoundError, UntrustedVersion, IncompatibleAdapter) as error:
+                sound, unusable = self._lineage.before(sound) or base, sound
+                ids = {"action": "sound_version_unusable", "version": unusable}
+                log.warning("%s cannot be gone back to (%s); to %s instead", unusable, error, sound, extra=ids)
+            else:
+                self._follow(tensors)
+                return sound
+        self._policy.reset()
+        self._follow(None)
+        return base
+
+    def _follow(self, tensors: Mapping[str, Tensor] | None) -> None:
+        """The weights were replaced: a reference that followed the old ones begins anew from the new ones."""
+        if self._config.reference == "ema":
+            self._policy.anchor_at(tensors)
 
     # ---- what must survive ------------------------------------------------------------------------------------
 
@@ -489,7 +552,9 @@ class Trainer:
         self._number += 1
         tensors = self._policy.tensors() | checkpoint.optimizer_tensors(self._learner.optimizer)
         tensors |= checkpoint.anchor_tensors(self._policy.anchor)
-        checkpoint.save(self._folder, self._number, self._state(), tensors, self._config.keep_checkpoints)
+        kept = 1 if self._has_erased else self._config.keep_checkpoints
+        checkpoint.save(self._folder, self._number, self._state(), tensors, kept)
+        self._is_unsaved = self._has_erased = False
         reach("trainer.checkpointed")
         self.tell()
         reach("trainer.told")
@@ -526,7 +591,10 @@ class Trainer:
         except IncompatibleAdapter as error:
             raise InvalidCheckpoint(f"{self._folder}: {error}; restore the settings or move it away") from error
         checkpoint.load_optimizer(self._learner.optimizer, tensors)
-        self._policy.anchor_at(checkpoint.load_anchor(tensors))
+        try:
+            self._policy.anchor_at(checkpoint.load_anchor(tensors))
+        except IncompatibleAdapter as error:
+            log.warning("%s; preferences are measured against the base", error, extra={"action": "reference_unusable"})
         self._drops_wait()
         self._announce_unannounced()
 
@@ -538,10 +606,15 @@ class Trainer:
         found = self._store.unannounced(lineage.parent, self._learner.step, lineage.preference_ids)
         if found is None:
             return
-        event = self._store.announcement(*found, lineage.oldest_verdict_at)
-        self._policy.load(self._store.read(found[0]))  # it may have been shrunk after the checkpoint
-        self._lineage = lineage.published(found[0])
+        version, manifest = found
+        event = self._store.announcement(version, manifest, lineage.oldest_verdict_at)
+        self._policy.load(self._store.read(version))  # it may have been shrunk after the checkpoint
+        if self._config.estimates:
+            self._learner.flips = manifest.metrics.get("flip_rate", self._learner.flips)
+        self._lineage = lineage.published(version)
         self._untold.append(encode(event).decode())
+        self._tracker.published(version, manifest, self._store.folder(version))
+        self._is_unsaved = True
 
 
 def _intake(config: TrainerConfig, state: IntakeState) -> Intake:

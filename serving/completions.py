@@ -93,33 +93,61 @@ class Completion:
         self._text = OutputText(sampling.stop, output_filter)
         self._calls = CallReader(request.tool_use.names) if request.tool_use else None
         self._unsent: list[TokenLogprob] = []
+        self._noted: Sampled | None = None
+        self._over: tuple[FinishReason, str] | None = None
 
     def push(self, sampled: Sampled) -> None:
-        """Take the next token; ends the completion when it is the last one."""
+        """Take the next token and tell it; ends the completion when it is the last one."""
+        self.note(sampled)
+        self.tell()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no further token is wanted; the last one's text may still have to be told."""
+        return self.is_ended or self._over is not None
+
+    def note(self, sampled: Sampled) -> None:
+        """Take the next token without making text of it: all that the next step has to wait for."""
+        if self.is_over:
+            return
         if not sampled.is_finite:
-            self.end("error", error="not_finite")
+            self._over = "error", "not_finite"
+        elif sampled.token_id in self._prompts.end_ids:
+            self._over = "stop", ""
+        elif self._shaping is not None and not self._shaping.accept(sampled.token_id):
+            self._over = "error", "grammar_failed"
+        else:
+            self.made += 1
+            self.sequence.tokens.append(sampled.token_id)
+            self._noted = sampled
+            if self.made == self.ticket.max_tokens:
+                self._over = "length", ""
+
+    def tell(self) -> None:
+        """Make text of the token that was noted, and end where it, or what it completes, is the last."""
+        text = ""
+        if self._noted is not None:
+            sampled, self._noted = self._noted, None
+            self._unsent.append(self._token(sampled))
+            text = self._text.push(self._pieces.push(sampled.token_id))
+        if self.is_ended:
             return
-        if sampled.token_id in self._prompts.end_ids:
-            self.end("stop")
-            return
-        if self._shaping is not None and not self._shaping.accept(sampled.token_id):
-            self.end("error", error="grammar_failed")
-            return
-        self.made += 1
-        self.sequence.tokens.append(sampled.token_id)
-        self._unsent.append(self._token(sampled))
-        text = self._text.push(self._pieces.push(sampled.token_id))
         if self._text.is_stopped or self._text.is_unsafe:
             self._finish("stop", text)
-        elif self.made == self.ticket.max_tokens:
-            self.end("length", text=text)
+        elif self._over is not None:
+            reason, error = self._over
+            self._finish(reason, text + self._rest(), error)
         elif text:
             self._emit(text)
 
-    def end(self, reason: FinishReason, *, text: str = "", error: str = "") -> None:
+    def end(self, reason: FinishReason, *, error: str = "") -> None:
         """End it here: text that was held back comes out, then the last chunk."""
+        self.tell()
         if not self.is_ended:
-            self._finish(reason, text + self._text.push(self._pieces.finish(), is_last=True), error)
+            self._finish(reason, self._rest(), error)
+
+    def _rest(self) -> str:
+        return self._text.push(self._pieces.finish(), is_last=True)
 
     def _finish(self, reason: FinishReason, text: str, error: str = "") -> None:
         self.is_ended = True

@@ -10,6 +10,7 @@ T tokens of the step, N decoding sequences.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +53,14 @@ class Prompt:
     stop: int
 
 
+@dataclass(frozen=True, slots=True)
+class Fresh:
+    """Prompts that are all read from their starts, on a GPU: one launch instead of several for each of them."""
+
+    ends_S: Tensor  # int32: 0, then where each stretch of the step's tokens ends; a decoder is a stretch of one
+    longest: int
+
+
 @dataclass(slots=True)
 class StepKv:
     """Everything attention needs to know about one step; handed through the model's keyword arguments."""
@@ -63,6 +72,7 @@ class StepKv:
     lengths: list[int]  # of the decoders, the new token included
     prompts: list[Prompt]
     masks: dict[Any, Tensor | None]
+    fresh: Fresh | None = None
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
         """[H, T, D], [K, T, D], [K, T, D] → [T, H, D]; the step's keys and values are stored first."""
@@ -73,10 +83,14 @@ class StepKv:
         query = query.transpose(0, 1)  # [T, H, D]
         if not self.prompts and isinstance(self.decode_at, slice):
             return self._decode(query, keys, values, scale, window)
-        output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        is_fresh = self.fresh is not None and (window is None or self.fresh.longest <= window)
+        if self.fresh is not None and is_fresh:
+            output = causal_stretches(query, key.transpose(0, 1), value.transpose(0, 1), self.fresh, scale)
+        else:
+            output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         if self.decoding:
             output[self.decode_at] = self._decode(query[self.decode_at], keys, values, scale, window)
-        for prompt in self.prompts:
+        for prompt in () if is_fresh else self.prompts:
             read = self._read(prompt, query[prompt.first : prompt.last], keys, values, scale, window)
             output[prompt.first : prompt.last] = read
         return output
@@ -132,6 +146,22 @@ class StepKv:
         mask = self.masks[prompt, window]
         assert mask is not None
         return mask
+
+
+def causal_stretches(query_THD: Tensor, key_TKD: Tensor, value_TKD: Tensor, fresh: Fresh, scale: float) -> Tensor:
+    """[T, H, D]: each token looks at its own stretch, up to itself. On a GPU by PyTorch's flash attention."""
+    if query_THD.is_cuda:
+        ends, longest = fresh.ends_S, fresh.longest
+        found: tuple[Tensor, ...] = torch.ops.aten._flash_attention_forward(
+            query_THD, key_TKD, value_TKD, ends, ends, longest, longest, 0.0, True, False, scale=scale
+        )
+        return found[0]
+    stretches = []
+    for start, end in itertools.pairwise(fresh.ends_S.tolist()):
+        query, key, value = (part[start:end].transpose(0, 1)[None] for part in (query_THD, key_TKD, value_TKD))
+        read = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
+        stretches.append(read[0].transpose(0, 1))
+    return torch.cat(stretches)
 
 
 def _additive(is_seen: Tensor, dtype: torch.dtype) -> Tensor:

@@ -2,19 +2,22 @@
 
 Linears that read the same input (q, k, v; gate, up) are fused, base and adapter alike: one base matmul, one
 A-matmul, one B-matmul for the group, B block-diagonal. Adapters lie in preallocated slots; slot 0 is the
-base and costs nothing, and a step whose tokens are all of one version does two plain matmuls a group.
+base and costs nothing, and a step whose tokens are all of one version does two plain matmuls a group. A step that is
+replayed cannot know its stretches: each of its tokens names its slot (``per_token``).
 
 Dimensions: I inputs, O outputs of the whole group, M members, R rank, T tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from serving.decode_ops import DecodeOps, Delta
 from serving.product import Product, product
 
 SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -55,17 +58,32 @@ class FusedLinear:
     def member(self, index: int, x: Tensor) -> Tensor:
         """Output ``index``; the whole group is computed when its first member sees the input."""
         if x is not self._input:
-            self._input, self._outputs = x, self._compute(x).split_with_sizes(self.sizes, dim=-1)
+            self._input, self._outputs = x, self.compute(x).split_with_sizes(self.sizes, dim=-1)
         output = self._outputs[index]
         if index == len(self.sizes) - 1:
             self._input, self._outputs = None, ()
         return output
 
-    def _compute(self, x: Tensor) -> Tensor:
-        y = self._multiply(x)
-        if self._stack.segments:
+    def compute(self, x: Tensor) -> Tensor:
+        """The outputs of all members, side by side."""
+        y, stack = self._multiply(x), self._stack
+        if stack.slots_T is not None and stack.ops is not None:
+            stack.ops.add_deltas(y.view(-1, y.shape[-1]), self._delta(x, stack.slots_T, stack.ops))
+        elif stack.segments:
             self._add_deltas(x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1]))
         return y
+
+    def compute_apart(self, x_TI: Tensor) -> tuple[Tensor, Delta | None]:
+        """The base's outputs of all members, and what the adapters of a step that is replayed add to them."""
+        y, stack = self._multiply(x_TI), self._stack
+        if stack.slots_T is None or stack.ops is None:
+            return y, None
+        return y, self._delta(x_TI, stack.slots_T, stack.ops)
+
+    def _delta(self, x: Tensor, slots_T: Tensor, ops: DecodeOps) -> Delta:
+        ranks_S = self._stack.ranks_S
+        low = ops.shrink(x.reshape(-1, x.shape[-1]), self.a, slots_T, ranks_S, len(self.sizes))
+        return Delta(low, self.b, slots_T, ranks_S, self.sizes)
 
     def _add_deltas(self, x_TI: Tensor, y_TO: Tensor) -> None:
         if x_TI.dtype != self.a.dtype:
@@ -119,7 +137,10 @@ class LoraStack:
     ) -> None:
         self.slots, self.rank_max, self.dtype, self.many_dtype = slots, rank_max, dtype, many_dtype
         self.ranks = [0] * (slots + 1)
+        self.ranks_S = torch.zeros(slots + 1, dtype=torch.int32, device=next(model.parameters()).device)
         self.segments: list[Segment] = []
+        self.slots_T: Tensor | None = None
+        self.ops: DecodeOps | None = None
         self.targets: dict[str, tuple[FusedLinear, int]] = {}
         for name in [name for name, _ in model.named_modules()]:  # by name: what is fused can go, one group at a time
             self._fuse_children(name, model.get_submodule(name), keep=model.get_output_embeddings())  # type: ignore[operator]
@@ -144,6 +165,15 @@ class LoraStack:
                 segments.append(Segment(slot, i, i + 1))
         self.segments = [segment for segment in segments if segment.slot]
 
+    @contextmanager
+    def per_token(self, slots_T: Tensor | None, ops: DecodeOps) -> Iterator[None]:
+        """Inside, each token is of the version in its slot; None: all are the base's."""
+        self.segments, self.slots_T, self.ops = [], slots_T, ops
+        try:
+            yield
+        finally:
+            self.slots_T = None
+
     def write(self, slot: int, tensors: Mapping[str, Tensor], *, rank: int, scaling: float) -> None:
         """Fill a slot that no request uses from ``<module>.lora_{A,B}.weight``; raises ShapeMismatch.
 
@@ -152,6 +182,7 @@ class LoraStack:
         if rank > self.rank_max:
             raise ShapeMismatch(f"rank {rank} is above rank_max {self.rank_max} of this base model's configuration")
         self.ranks[slot] = rank
+        self.ranks_S[slot] = rank
         written = 0
         for name, (group, index) in self.targets.items():
             a_RI, b_OR = tensors.get(f"{name}.lora_A.weight"), tensors.get(f"{name}.lora_B.weight")
@@ -169,5 +200,6 @@ class LoraStack:
     def clear(self, slot: int) -> None:
         """Empty a slot that no request uses."""
         self.ranks[slot] = 0
+        self.ranks_S[slot] = 0
         for group in {id(group): group for group, _ in self.targets.values()}.values():
             group.clear(slot)

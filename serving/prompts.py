@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jinja2
@@ -29,7 +30,8 @@ class PromptEncoder:
     def __init__(self, tokenizer: Any, generation_config: Any) -> None:
         if not getattr(tokenizer, "chat_template", None):
             raise UnsupportedModel("the model's tokenizer has no chat template; use a chat (instruct) model")
-        self._tokenizer = tokenizer
+        self._tokenizer, self._decode = tokenizer, _decoder(tokenizer)
+        self._texts: dict[int, str] = {}  # of single tokens, at most one for each of the vocabulary
         ends = getattr(generation_config, "eos_token_id", None)
         self.end_ids = frozenset([*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id]) - {None}
         self.end_id: int | None = tokenizer.eos_token_id  # the one that learners take for an answer's end
@@ -51,12 +53,13 @@ class PromptEncoder:
     def decode(self, ids: list[int]) -> str:
         """Text of ``ids``, special tokens left out, but for those that mark a tool call."""
         seen = [token_id for token_id in ids if token_id not in self._unseen_ids]
-        text: str = self._tokenizer.decode(seen, clean_up_tokenization_spaces=False)
-        return text
+        return self.token_text(seen[0]) if len(seen) == 1 else self._decode(seen)
 
     def token_text(self, token_id: int) -> str:
         """How one token alone reads; bytes that are no character read as U+FFFD."""
-        text: str = self._tokenizer.decode([token_id], clean_up_tokenization_spaces=False)
+        text = self._texts.get(token_id)
+        if text is None:
+            text = self._texts[token_id] = self._decode([token_id])
         return text
 
     def _render(self, messages: Sequence[Message]) -> str:
@@ -72,3 +75,13 @@ class PromptEncoder:
             return False
         (_, calls) = CallReader(("probe_function",)).push(whole, is_last=True)
         return "probe_function" in offer and len(calls) == 1 and "probe_result" in whole
+
+
+def _decoder(tokenizer: Any) -> Callable[[list[int]], str]:
+    """``tokenizer.decode`` without cleaning; straight from the Rust tokenizer where transformers only hands on."""
+    from transformers import PreTrainedTokenizerFast as Fast
+
+    kind = type(tokenizer)
+    if isinstance(tokenizer, Fast) and (kind.decode, kind._decode) == (Fast.decode, Fast._decode):
+        return partial(tokenizer.backend_tokenizer.decode, skip_special_tokens=False)
+    return partial(tokenizer.decode, clean_up_tokenization_spaces=False)

@@ -7,6 +7,7 @@ that a model which needs more (logit caps, attention sinks, recurrent state) is 
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,17 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
+from serving import decode_ops
+from serving.decode_ops import DecodeOps
 from serving.errors import UnsupportedModel
-from serving.kv import ATTENTION, KvRows, Prompt, StepKv
+from serving.fused import FusedDecoder, ModelDecoder, is_known
+from serving.graphs import DecodeGraphs
+from serving.kv import ATTENTION, Fresh, KvRows, Prompt, StepKv
 from serving.lora import LoraStack
 from serving.product import pack_head
 from serving.scheduler import Plan, Sequence, Work
 
+log = logging.getLogger(__name__)
 CHECKED_TOKENS = 24
 
 
@@ -43,26 +49,74 @@ class Runner:
         max_context: int,
     ) -> None:
         self.device = device
+        self._is_cuda = torch.device(device).type == "cuda"
+        self.is_apart = self._is_cuda  # computes while the processor does something else
         disable_progress_bar()  # type: ignore[no-untyped-call]
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
         self.model = model.to(device).eval()
         config = self.model.config.get_text_config()
         self.vocabulary = int(config.vocab_size)
         self.max_context = min(max_context, int(config.max_position_embeddings))
-        expected = self._reference_logits()
+        self._expected = self._reference_logits()
         self.lora = LoraStack(self.model, slots=slots, rank_max=rank_max, dtype=dtype, many_dtype=many_dtype)
         pack_head(self.model)
         self.model.set_attn_implementation(ATTENTION)
         self.kv = KvRows(
             layers=config.num_hidden_layers,
-            rows=rows,
+            rows=rows + 1,  # the last one is for lanes without a sequence
             length=self.max_context,
             heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
             head_size=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
             dtype=dtype,
             device=device,
         )
-        self._check(expected)
+        self._graphs: DecodeGraphs | None = None
+        self._summary: Tensor | None = None
+        self._reads_fresh = self._is_cuda and dtype != torch.float32
+        try:
+            self._check()
+        except (RuntimeError, UnsupportedModel):  # flash attention does not take every head size
+            if not self._reads_fresh:
+                raise
+            self._reads_fresh = False
+            self._check()
+
+    def replay_decoding(self, max_batch: int) -> None:
+        """From now on compute steps that only decode in fixed shapes: on a GPU their launches are replayed.
+
+        Of the ways to compute a step, the quickest is taken that says what transformers says.
+        """
+        scratch = (self.kv.keys.shape[1] - 1) * self.max_context
+        for kind, ops in self._ways():
+            decoder = kind(self.model, self.kv, self.lora, ops)
+            self._graphs = DecodeGraphs(
+                decoder, max_batch=max_batch, max_context=self.max_context, scratch=scratch, device=self.device
+            )
+            extra = {"action": "decoding_replayed", "decoder": kind.__name__, "ops": getattr(ops, "__name__", "")}
+            try:
+                self._check()
+                with torch.inference_mode():
+                    self._graphs.prepare()
+            except Exception:  # of a compiler or a capture; what cannot be replayed is launched
+                log.warning("decoding cannot be replayed", exc_info=True, extra=extra | {"action": "decoding_launched"})
+                self._graphs = None
+            else:
+                log.info("decoding is replayed", extra=extra)
+                return
+
+    def _ways(self) -> list[tuple[type[FusedDecoder] | type[ModelDecoder], DecodeOps]]:
+        """How a step of fixed shapes can be computed, the quickest first."""
+        fused: list[type[FusedDecoder]] = [FusedDecoder] if is_known(self.model) else []
+        if not self._is_cuda:
+            return [(kind, decode_ops) for kind in (*fused, ModelDecoder)]
+        from serving import decode_kernels  # needs Triton, which PyTorch brings where it is for CUDA
+
+        return [*((kind, decode_kernels) for kind in (*fused, ModelDecoder)), (ModelDecoder, decode_ops)]
+
+    @property
+    def summary(self) -> Tensor | None:
+        """``sampling.summarise`` of the last step's logits, where the step computed it."""
+        return self._summary
 
     @torch.inference_mode()
     def run(self, plan: Plan, *, keep: int = 1) -> Tensor:
@@ -71,6 +125,11 @@ class Runner:
         ``keep``: of how many of its last tokens.
         """
         self.kv.copy(plan.copies)
+        self._summary = None
+        if self._graphs is not None and plan.decoding == len(plan.work):
+            made = self._graphs.run(plan)
+            self._summary = made.summary
+            return made.logits
         # sorted by slot, each version's tokens lie together; attention finds its rows by index
         order = sorted(range(len(plan.work)), key=lambda i: plan.work[i].sequence.slot)
         tokens: list[int] = []
@@ -112,10 +171,20 @@ class Runner:
                 for i, work in enumerate(plan.work[plan.decoding :], start=plan.decoding)
             ],
             masks={},
+            fresh=self._fresh(plan, firsts) if self._reads_fresh else None,
         )
 
+    def _fresh(self, plan: Plan, firsts: list[int]) -> Fresh | None:
+        """How to read the prompts of a step at once, where none of them has a beginning in its row already."""
+        if any(work.start for work in plan.work[plan.decoding :]):
+            return None
+        ends = [0, *sorted(first + work.stop - work.start for first, work in zip(firsts, plan.work, strict=True))]
+        longest = max(work.stop - work.start for work in plan.work)
+        return Fresh(self._tensor(ends).to(torch.int32), longest)
+
     def _tensor(self, values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.long, device=self.device)
+        tensor = torch.tensor(values, dtype=torch.long, pin_memory=self._is_cuda)
+        return tensor.to(self.device, non_blocking=True) if self._is_cuda else tensor
 
     def _checked_prompt(self) -> list[int]:
         return [(7919 * (i + 1)) % self.vocabulary for i in range(CHECKED_TOKENS)]
@@ -125,12 +194,13 @@ class Runner:
         logits: Tensor = self.model(input_ids=self._tensor(self._checked_prompt())[None], use_cache=False).logits
         return logits[0, -1].float()
 
-    def _check(self, expected: Tensor) -> None:
+    def _check(self) -> None:
         """Read a prompt in two stretches, then one token: the same logits as transformers, within rounding."""
         sequence = Sequence("check", 0, self._checked_prompt(), CHECKED_TOKENS, row=0)
         half, last = CHECKED_TOKENS // 2, CHECKED_TOKENS - 1
         self.run(Plan([], [Work(sequence, 0, half, True)], 0))
         self.run(Plan([], [Work(sequence, half, last, True)], 0))
+        expected = self._expected
         logits = self.run(Plan([], [Work(sequence, last, last + 1, True)], 1))[0].float()
         error = float((logits - expected).abs().max() / expected.abs().max().clamp_min(1e-6))
         is_exact = self.kv.keys.dtype == torch.float32 and self.lora.many_dtype is None

@@ -1,8 +1,9 @@
 """Continuous batching over a transformers model: one thread steps, the event loop accepts and delivers.
 
 Each turn drops what was cancelled or is too late, runs the scheduler's plan, samples one token per sequence
-and hands the new text over with one wake-up of the event loop. With nothing to do the thread sleeps. A
-version's requests pin its slot from acceptance to their last chunk, so weights never change under an answer.
+and hands the new text over with one wake-up of the event loop. On a GPU the text of a step is made while the
+device computes the next one. With nothing to do the thread sleeps. A version's requests pin its slot from
+acceptance to their last chunk, so weights never change under an answer.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import logging
 import os
 import threading
 import time
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -63,6 +65,7 @@ class TransformersEngine:
             idle_chunk_tokens=options.idle_chunk_tokens,
         )
         self._running: dict[Sequence, Completion] = {}
+        self._untold: list[Completion] = []  # with a token whose text is not made yet
         self._wake = threading.Condition()
         self._arrived: list[Ticket] = []  # guarded by _wake, as are the two below
         self._forgotten: list[str] = []
@@ -93,6 +96,8 @@ class TransformersEngine:
             rows=options.max_batch + options.cache_rows + 1,
             max_context=options.max_context,
         )
+        if self._runner.is_apart:
+            self._runner.replay_decoding(options.max_batch)
         self._scorer = IdleScorer(
             self._runner.run,
             row=options.max_batch + options.cache_rows,
@@ -232,6 +237,7 @@ class TransformersEngine:
                 if plan.work:
                     self._step(plan)
                 else:
+                    self._tell()
                     self._scorer.step()
         except Exception as error:
             log.exception("the engine failed", extra={"action": "engine_failed", "base": self._base})
@@ -258,15 +264,22 @@ class TransformersEngine:
     def _end_unwanted(self) -> None:
         """End what was cancelled or passed its deadline."""
         now = time.monotonic()
-        for completion in list(self._running.values()):
+        unwanted = set()
+        for completion in self._running.values():
             if completion.ticket.is_cancelled:
                 completion.end("cancelled")
+                unwanted.add(completion.ticket)
             elif now > completion.ticket.deadline:
                 completion.end("cancelled", error="deadline_exceeded")
-        self._retire()
+                unwanted.add(completion.ticket)
+        if unwanted:
+            self._untold = [completion for completion in self._untold if not completion.is_ended]
+            self._retire()
+            self._deliver(unwanted)
 
     def _step(self, plan: Plan) -> None:
         logits = self._runner.run(plan)
+        self._tell()  # the last step's, while the device computes this one
         self._runner.kv.copy(self._scheduler.advance(plan))
         sampled_from, completions = [], []
         for row, work in enumerate(w for w in plan.work if w.is_last):
@@ -274,15 +287,28 @@ class TransformersEngine:
             completions += family
             sampled_from += [row] * len(family)
         with torch.inference_mode():
+            summary = self._runner.summary
             if len(completions) > logits.shape[0]:
-                logits = logits[torch.tensor(sampled_from, device=logits.device)]
-            sampled = sample(logits, [completion.rule for completion in completions])
+                logits, summary = logits[torch.tensor(sampled_from, device=logits.device)], None
+            sampled = sample(logits, [completion.rule for completion in completions], summary)
         for completion, token in zip(completions, sampled, strict=True):
-            completion.push(token)
-        for version in {completion.sequence.version for completion in completions}:
-            count = sum(completion.sequence.version == version for completion in completions)
+            completion.note(token)
+        self._untold = [completion for completion in completions if not completion.is_ended]
+        for version, count in Counter(completion.sequence.version for completion in completions).items():
             TOKENS.labels(self._base, version).inc(count)
+        if not self._runner.is_apart:
+            for completion in completions:
+                completion.tell()
         self._retire()
+        if not (self._runner.is_apart and self._running):
+            self._tell()
+
+    def _tell(self) -> None:
+        """Make text of the last step's tokens where that is still to be done, and deliver it."""
+        untold, self._untold = self._untold, []
+        for completion in untold:
+            completion.tell()
+        self._deliver({completion.ticket for completion in untold})
 
     def _family(self, sequence: Sequence) -> list[Completion]:
         """The completions that take their next token from these logits: forks begin with their leader's."""
@@ -292,14 +318,16 @@ class TransformersEngine:
         return [completion, *completion.forks]
 
     def _retire(self) -> None:
-        """Take ended completions out of the batch, deliver what is new, let versions go."""
-        ended = {sequence for sequence, completion in self._running.items() if completion.is_ended}
-        tickets = {completion.ticket for completion in self._running.values()}
-        if ended:
-            self._scheduler.drop(ended)
-            self._runner.kv.copy(self._scheduler.retire(ended))
-            for sequence in ended:
+        """Take completions that want no further token out of the batch."""
+        over = {sequence for sequence, completion in self._running.items() if completion.is_over}
+        if over:
+            self._scheduler.drop(over)
+            self._runner.kv.copy(self._scheduler.retire(over))
+            for sequence in over:
                 del self._running[sequence]
+
+    def _deliver(self, tickets: set[Ticket]) -> None:
+        """Hand over what is new of these, and let the versions of those that are done go."""
         deliveries = [(ticket, chunks) for ticket in tickets if (chunks := ticket.take())]
         for ticket in tickets:
             if not ticket.unfinished:
@@ -312,6 +340,7 @@ class TransformersEngine:
             self._is_closed = True
             self._scorer.close()
         self._take()
+        self._tell()
         for completion in self._running.values():
             completion.end("error" if self._failure else "cancelled", error=error)
         tickets = {completion.ticket for completion in self._running.values()}

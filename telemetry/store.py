@@ -163,6 +163,12 @@ class Table:
         except DeltaError as error:  # a disk that is full, an object store that is away
             raise OSError(f"{self.name} cannot be written: {str(error).partition(chr(10))[0]}") from error
         self._commits += 1
+        try:
+            self._tidy()
+        except (DeltaError, OSError) as error:  # the commit holds, whatever becomes of what follows it
+            log.warning("%s was not tidied up: %s", self.name, error, extra={"action": "store_not_tidied"})
+
+    def _tidy(self) -> None:
         if self._commits % COMPACT_EVERY == 0:
             self.compact()
         if self._commits % REOPEN_EVERY == 0:

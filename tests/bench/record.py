@@ -10,6 +10,7 @@ import os
 import platform
 import re
 import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -93,27 +94,29 @@ def _commit() -> str:
     return f"{name}-dirty" if changed else name
 
 
-def _version(package: str) -> str:
-    """Of an installed package; else empty."""
+def _git(*words: str) -> str:
+    """What git says; nothing where there is none."""
+    try:
+        done = subprocess.run(["git", *words], capture_output=True, text=True, check=False, cwd=README.parent)
+    except FileNotFoundError:
+        return ""
+    return done.stdout.strip()
+
+
+def _version(package: str) -> str | None:
     try:
         return version(package)
     except PackageNotFoundError:
-        return ""
+        return None
 
 
 def _gpu() -> str | None:
-    """The name of what CUDA computes on."""
-    try:
-        import torch
-    except ModuleNotFoundError:
+    """Name and memory of the first GPU; asked of PyTorch only by a bench that has it loaded."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
         return None
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
-
-
-def _git(*words: str) -> str:
-    return subprocess.run(
-        ["git", *words], capture_output=True, text=True, check=False, cwd=README.parent
-    ).stdout.strip()
+    properties = torch.cuda.get_device_properties(0)
+    return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
 
 
 def _short(value: float) -> str:

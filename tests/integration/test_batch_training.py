@@ -111,6 +111,36 @@ def test_stopped_in_the_middle_it_goes_on_to_the_same_weights(
     assert digests[0] == digests[1]
 
 
+def test_other_settings_make_another_version_and_the_same_ones_at_another_pace_do_not(
+    telemetry_config: TelemetryConfig, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = msgspec.structs.replace(CONFIG, model=str(model), max_pairs_per_user=0)
+    name = stored(telemetry_config, 4)
+    versions = []
+    for changes in ({}, {"micro_batch_tokens": 512, "keep_checkpoints": 1}, {"beta": 0.3}, {}):
+        assert batch.train(telemetry_config, msgspec.structs.replace(config, **changes), name, passes=1) == 0  # type: ignore[arg-type]
+        versions.append(capsys.readouterr().out.strip())
+    first, faster, other, again = versions
+    assert first == faster == again != other
+    state = telemetry_config.state_path
+    manifest = read_version(state / "versions" / config.variant / other, signing_key(state))
+    assert manifest.training["beta"] == 0.3 and manifest.parent.startswith("v000000-"), "from the base, anew"
+
+
+def nobody_knows(text: str) -> float:
+    """A safety scorer that has no model."""
+    raise FileNotFoundError(text)
+
+
+def test_a_data_set_ends_without_a_version_where_nobody_can_say_that_it_is_safe(
+    telemetry_config: TelemetryConfig, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = msgspec.structs.replace(CONFIG, model=str(model), safety_scorer=f"{__name__}:nobody_knows")
+    name = stored(telemetry_config, 4)
+    assert batch.train(telemetry_config, config, name, passes=1) == 1
+    assert f"nothing of {name} became a version" in capsys.readouterr().err
+
+
 def test_an_unknown_data_set_is_named(telemetry_config: TelemetryConfig, model: Path) -> None:
     with pytest.raises(DatasetUnknown, match="ds-nowhere"):
         batch.train(telemetry_config, msgspec.structs.replace(CONFIG, model=str(model)), "ds-nowhere", passes=1)

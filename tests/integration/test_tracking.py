@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import time
+import threading
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -13,7 +12,16 @@ from msgspec.structs import replace
 
 from online_trainer.config import TrainerConfig
 from online_trainer.errors import TrackerMissing
-from online_trainer.tracking import EXPERIMENT, Behind, MlflowTracker, Nobody, WandbTracker, open_tracker
+from online_trainer.tracking import (
+    EXPERIMENT,
+    Behind,
+    MlflowTracker,
+    Nobody,
+    WandbTracker,
+    artifacts_of,
+    open_tracker,
+    settings_of,
+)
 from telemetry.manifest import Manifest
 
 pytestmark = pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")  # mlflow's own
@@ -69,34 +77,80 @@ def test_wandb_keeps_a_run_on_disk(tmp_path: Path, folder: Path) -> None:
 
 
 class Fragile:
-    """Fails at its first step, and is slow."""
+    """Fails at its first step, and takes none before it may."""
 
-    def __init__(self, shown: list[int]) -> None:
-        self._shown = shown
+    def __init__(self) -> None:
+        self.shown: list[int] = []
+        self.is_asked, self.may_go_on = threading.Event(), threading.Event()
 
     def stepped(self, step: int, values: object) -> None:
-        time.sleep(0.1)
+        self.is_asked.set()
+        assert self.may_go_on.wait(60)
         if step == 1:
             raise ConnectionError("the server is away")
-        self._shown.append(step)
+        self.shown.append(step)
 
     def published(self, *_: object) -> None:
         raise AssertionError
 
     def close(self) -> None:
-        self._shown.append(-1)
+        self.shown.append(-1)
 
 
 def test_a_tracker_that_fails_or_is_slow_holds_nothing_up(caplog: pytest.LogCaptureFixture) -> None:
-    shown: list[int] = []
-    behind = Behind(lambda: Fragile(shown))
-    began = time.monotonic()
+    fragile = Fragile()
+    behind = Behind(lambda: fragile)
     for step in (1, 2, 3):
         behind.stepped(step, {})
-    assert time.monotonic() - began < 0.1
+    assert not fragile.shown, "nobody has waited for it"
+    fragile.may_go_on.set()
     behind.close()
-    assert shown == [2, 3, -1]
+    assert fragile.shown == [2, 3, -1]
     assert "the server is away" in caplog.text
+
+
+def test_a_tracker_is_closed_also_where_so_much_waits_that_more_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    fragile = Fragile()
+    behind = Behind(lambda: fragile, waiting=1)
+    behind.stepped(2, {})
+    assert fragile.is_asked.wait(60)
+    behind.stepped(3, {})
+    behind.stepped(4, {})
+    assert "the tracker is too slow" in caplog.text
+    closing = threading.Thread(target=behind.close)
+    closing.start()
+    fragile.may_go_on.set()
+    closing.join(60)
+    assert fragile.shown == [2, 3, -1]
+
+
+@pytest.mark.parametrize(
+    ("uri", "is_here"),
+    [
+        ("sqlite:////tmp/mlflow.db", True),
+        ("postgresql://ann:secret@db/mlflow", True),
+        ("mysql+pymysql://db/mlflow", True),
+        ("https://mlflow.example.org", False),
+        ("databricks://profile", False),
+        ("file:///srv/mlruns", False),
+    ],
+)
+def test_files_of_a_run_whose_numbers_are_in_a_database_lie_in_the_state_folder(
+    uri: str, is_here: bool, tmp_path: Path
+) -> None:
+    assert artifacts_of(uri, tmp_path) == ((tmp_path / "mlflow").as_uri() if is_here else None)
+
+
+def test_a_trainer_with_other_settings_has_a_run_of_its_own(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    for beta in (0.1, 0.3, 0.1):
+        MlflowTracker(uri, replace(CONFIG, beta=beta), tmp_path).close()
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id])
+    assert sorted(run.data.params["beta"] for run in runs) == ["0.1", "0.3"]
+    assert len(runs[0].data.params) == len(settings_of(CONFIG))
 
 
 def test_a_server_that_is_away_at_the_start_is_no_error(
@@ -109,8 +163,7 @@ def test_a_server_that_is_away_at_the_start_is_no_error(
     assert "not tracked" in caplog.text
 
 
-def test_what_is_not_installed_is_said_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(TrackerMissing, match=r"needs wandb: install tiebreak\[tracking\]"):
-        open_tracker(replace(CONFIG, tracking="wandb"), tmp_path)
+def test_what_is_not_installed_is_said_at_once(tmp_path: Path) -> None:
+    with pytest.raises(TrackerMissing, match=r"needs no_such_package: install tiebreak\[tracking\]"):
+        open_tracker(replace(CONFIG, tracking="wandb"), tmp_path, {"wandb": ("json", "no_such_package")})
     assert isinstance(open_tracker(CONFIG, tmp_path), Nobody)

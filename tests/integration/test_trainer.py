@@ -11,18 +11,16 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 import tomli_w
 import torch
 
-from online_trainer.batches import PairTokens
 from online_trainer.config import TrainerConfig
-from online_trainer.errors import UnusableExamples
-from online_trainer.examples import Examples
-from online_trainer.ingest import Verdict
 from online_trainer.publish import Draft, VersionStore
+from online_trainer.tracking import Nobody, Tracker
 from online_trainer.trainer import Trainer
 from telemetry.config import TelemetryConfig, open_log, open_sealer
 from telemetry.event_log import EventLog
@@ -31,6 +29,7 @@ from telemetry.events import (
     VERSIONS,
     AnyEvent,
     BatchTrained,
+    PersonErased,
     PreferenceRetracted,
     ReleaseChanged,
     VersionPublished,
@@ -39,7 +38,7 @@ from telemetry.events import (
     key_of,
     utc_now,
 )
-from telemetry.manifest import base_digest, base_version, read_version
+from telemetry.manifest import Manifest, base_digest, base_version, read_version
 from telemetry.process import signing_key
 from tests.servers import RedisServer
 from tests.unit.online_trainer.kit import CONFIG, START, prompt_that_is, thumb, tiny_folder, tiny_policy, verdict
@@ -59,6 +58,7 @@ class Bench:
         self.base = base_version(base_digest(model))
         self.store = VersionStore(telemetry.state_path / "versions", config, signing_key(telemetry.state_path))
         self.sealer = open_sealer(telemetry)
+        self.tracker: Tracker = Nobody()
         self.start()
 
     def start(self) -> None:
@@ -67,7 +67,7 @@ class Bench:
         self.trainer = Trainer(
             self.config, self.policy, self.log, self.store,
             folder=self.telemetry.state_path / "trainer", base_digest=base_digest(self.model),
-            sealer=self.sealer,
+            sealer=self.sealer, tracker=self.tracker,
         )  # fmt: skip
 
     def append(self, *events: AnyEvent) -> None:
@@ -281,10 +281,21 @@ def test_a_restarted_trainer_goes_on_and_trains_nothing_twice(bench: Bench) -> N
     assert [version.parent for version in bench.published()] == [bench.base, bench.published()[0].version]
 
 
+class Shown(Nobody):
+    """A tracker that remembers which versions it was told of."""
+
+    def __init__(self) -> None:
+        self.versions: list[str] = []
+
+    def published(self, version: str, manifest: Manifest, folder: Path) -> None:
+        assert (folder / "manifest.json").exists()
+        self.versions.append(version)
+
+
 def test_a_version_on_disk_whose_event_was_never_told_is_announced_once_after_the_restart(
     telemetry_config: TelemetryConfig, tiny_model: Path
 ) -> None:
-    config = msgspec.structs.replace(CONFIG, publish_interval_s=3600.0)
+    config = msgspec.structs.replace(CONFIG, publish_interval_s=3600.0, objective="robust", estimates_flips=True)
     bench = Bench(telemetry_config, tiny_model, config)
     bench.append(*(verdict(n) for n in range(4)))
     bench.turn()  # step and first version
@@ -293,16 +304,18 @@ def test_a_version_on_disk_whose_event_was_never_told_is_announced_once_after_th
     lineage = bench.trainer._state().lineage
     draft = Draft(
         parent=lineage.parent, base_digest=base_digest(tiny_model), step=2,
-        preference_ids=lineage.preference_ids, metrics={}, created_at=utc_now(),
+        preference_ids=lineage.preference_ids, metrics={"flip_rate": 0.21}, created_at=utc_now(),
     )  # fmt: skip
     bench.policy.shrink(0.5)  # as for a version that strays
     written = bench.policy.tensors()
     version, _ = bench.store.write(draft, written)  # … and here it dies
+    bench.tracker = shown = Shown()
     for _ in range(2):
         bench.start()
         bench.turn()
-    assert [event.version for event in bench.published()][1:] == [version]
+    assert [event.version for event in bench.published()][1:] == [version] == shown.versions
     assert all(torch.equal(tensor, written[name]) for name, tensor in bench.policy.tensors().items())
+    assert bench.trainer._state().flips == 0.21, "as its evaluation had found"
 
 
 def test_a_refused_version_takes_the_weights_back_to_the_stable_one(bench: Bench) -> None:
@@ -398,17 +411,10 @@ def test_a_version_that_strays_too_far_is_shrunk_before_anyone_sees_it(
     assert torch.allclose(found[1e-6][name], 0.7 * found[0.0][name], rtol=1e-3, atol=1e-6)
 
 
-def test_one_verdict_that_cannot_be_learned_from_is_dropped_and_the_others_are_learned(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tokens = Examples._tokens
-
-    def refuse(self: Examples, verdict: Verdict) -> PairTokens:
-        if verdict.preference_id == "preference-1":
-            raise UnusableExamples({verdict.preference_id}, "a template that fails")
-        return tokens(self, verdict)
-
-    monkeypatch.setattr(Examples, "_tokens", refuse)
+def test_one_verdict_that_cannot_be_learned_from_is_dropped_and_the_others_are_learned(bench: Bench) -> None:
+    tokenizer: Any = bench.policy.tokenizer
+    refusal = "{% if messages[0]['content'] == 'question 1' %}{{ raise_exception('no such question') }}{% endif %}"
+    tokenizer.chat_template = refusal + tokenizer.chat_template
     bench.append(*(verdict(n) for n in range(5)))
     bench.turn(3)
     assert [batch.preference_ids for batch in bench.batches() if batch.preference_ids] == [
@@ -440,6 +446,172 @@ def test_a_given_share_of_mistakes_is_the_one_of_the_settings_also_after_a_resta
     bench.append(*(verdict(n) for n in range(4, 8)))
     bench.turn()
     assert [batch.metrics["flip_rate"] for batch in bench.batches()] == [CONFIG.label_smoothing, 0.2]
+
+
+ASTRAY = {"max_capability_ratio": 1e-3}  # no weights pass
+
+
+def learned_alike(bench: Bench, version: str) -> bool:
+    stored = bench.store.read(version)
+    return all(torch.equal(tensor, stored[name]) for name, tensor in bench.policy.tensors().items())
+
+
+def go_astray(bench: Bench, start: int) -> None:
+    bench.append(*(verdict(n) for n in range(start, start + 4)))
+    bench.turn()
+
+
+def test_weights_that_go_astray_from_one_parent_again_and_again_go_back_behind_it_and_on_from_there(
+    telemetry_config: TelemetryConfig, tiny_model: Path
+) -> None:
+    bench = Bench(telemetry_config, tiny_model)
+    for start in (0, 4, 8):
+        bench.append(*(verdict(n) for n in range(start, start + 4)))
+        bench.turn()
+    first, _, third = (event.version for event in bench.published())
+    bench.append(
+        ReleaseChanged(variant="chat-main", version=first, state="canary", stable=bench.base, reason="users meet it")
+    )
+    bench.turn()
+    bench.config = msgspec.structs.replace(CONFIG, **ASTRAY)
+    bench.start()
+    for start in (12, 16):
+        go_astray(bench, start)
+        assert learned_alike(bench, third)
+    go_astray(bench, 20)
+    assert learned_alike(bench, first), "the last one before it that users met"
+    bench.config = CONFIG
+    bench.start()
+    bench.append(*(verdict(n) for n in range(24, 28)))
+    bench.turn()
+    again = bench.published()[-1]
+    assert again.parent == first
+    bench.config = msgspec.structs.replace(CONFIG, **ASTRAY)
+    bench.start()
+    for start, sound in ((28, again.version), (32, again.version), (36, first)):  # it is tried as often as the other
+        go_astray(bench, start)
+        assert bench.trainer._state().lineage.parent == sound
+
+
+def test_a_parent_that_cannot_be_read_is_left_for_the_one_before_it(
+    telemetry_config: TelemetryConfig, tiny_model: Path
+) -> None:
+    bench = Bench(telemetry_config, tiny_model)
+    for start in (0, 4):
+        bench.append(*(verdict(n) for n in range(start, start + 4)))
+        bench.turn()
+    first, second = (event.version for event in bench.published())
+    (bench.store.folder(second) / "adapter.safetensors").write_bytes(b"damaged")
+    bench.config = msgspec.structs.replace(CONFIG, **ASTRAY)
+    bench.start()
+    go_astray(bench, 8)
+    assert learned_alike(bench, first) and bench.trainer._state().lineage.parent == first
+
+
+def test_an_average_reference_does_not_remember_weights_that_went_astray(
+    telemetry_config: TelemetryConfig, tiny_model: Path
+) -> None:
+    bench = Bench(telemetry_config, tiny_model, msgspec.structs.replace(CONFIG, reference="ema", ema_decay=0.5))
+    bench.append(*(verdict(n) for n in range(4)))
+    bench.turn()
+    bench.config = msgspec.structs.replace(bench.config, **ASTRAY)
+    bench.start()
+    go_astray(bench, 4)
+    anchor, sound = bench.policy.anchor, bench.store.read(bench.published()[0].version)
+    assert anchor is not None and all(torch.equal(tensor, sound[name]) for name, tensor in anchor.items())
+
+
+def test_a_second_chance_of_a_verdict_says_nothing_more_of_its_giver(bench: Bench) -> None:
+    bench.append(*(verdict(n, user="ann") for n in range(4)))
+    bench.turn()
+    bench.refuse(bench.published()[0].version, stable=bench.base, state="rolled_back")
+    bench.turn()
+    assert len([batch for batch in bench.batches() if batch.preference_ids]) == 2
+    assert [(record.name, record.verdicts) for record in bench.trainer._state().annotators] == [("ann", 4.0)]
+
+
+def test_an_erased_person_is_in_no_checkpoint_any_more(bench: Bench) -> None:
+    for start in (0, 4):
+        bench.append(*(verdict(n, user=f"user-{n % 4}") for n in range(start, start + 4)))
+        bench.turn()
+    bench.append(PersonErased(user="user-1", actor="operator"))
+    bench.turn(2)
+    (left,) = (bench.telemetry.state_path / "trainer").rglob("state.json")
+    assert b'"user-2"' in left.read_bytes() and b'"user-1"' not in left.read_bytes()
+    assert bench.batches()[-1].preference_ids, "nothing else is told"
+
+
+def test_no_more_is_read_than_is_learned_while_steps_wait_but_refusals_get_through(
+    telemetry_config: TelemetryConfig, tiny_model: Path
+) -> None:
+    bench = Bench(telemetry_config, tiny_model, msgspec.structs.replace(CONFIG, publish_interval_s=3600.0))
+    bench.append(*(verdict(n) for n in range(600)))
+    bench.turn()
+    version = bench.published()[0].version
+    waiting = len(bench.trainer._state().intake.pending)
+    assert 0 < waiting < 600
+    bench.turn()
+    assert len(bench.trainer._state().intake.pending) == waiting
+    bench.refuse(version, stable=bench.base, state="rolled_back")
+    bench.turn(3)
+    assert not bench.trainer._state().lineage.descends_from(version)
+    assert len(bench.trainer._state().intake.pending) < waiting + 20, "with those that the refused one had learned"
+
+
+IS_AWAY: list[bool] = []  # whether the safety scorer's service is, if anything is in it
+
+
+def by_a_service(text: str) -> float:
+    """A scorer that cannot score while its service is away."""
+    if IS_AWAY:
+        raise ConnectionError(text)
+    return 1.0
+
+
+SCORED = msgspec.structs.replace(CONFIG, safety_scorer=f"{__name__}:by_a_service", safety_weight=1.0)
+
+
+@pytest.fixture
+def away() -> Iterator[list[bool]]:
+    """The service is away while the list has something in it."""
+    IS_AWAY.clear()
+    yield IS_AWAY
+    IS_AWAY.clear()
+
+
+@pytest.mark.parametrize("is_away_at_the_start", [False, True])
+def test_while_the_safety_scorer_fails_verdicts_are_learned_and_no_version_is_published(
+    telemetry_config: TelemetryConfig, tiny_model: Path, away: list[bool], is_away_at_the_start: bool,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    away += [True] * is_away_at_the_start
+    bench = Bench(telemetry_config, tiny_model, SCORED)
+    away.append(True)
+    bench.append(*(verdict(n) for n in range(4)))
+    bench.turn()
+    (batch,) = bench.batches()
+    assert len(batch.preference_ids) == 4 and not bench.published()
+    assert "not published yet: the safety scorer fails on" in caplog.text and "yes yes!" not in caplog.text
+    weights = bench.policy.tensors()
+    away.clear()
+    bench.turn()
+    (version,) = bench.published()
+    assert version.preference_ids == batch.preference_ids and learned_alike(bench, version.version)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in bench.policy.tensors().items())
+    found = version.metrics
+    assert (found["safety"], found["base_safety"], found["safety_unscored_ratio"]) == (1.0, 1.0, 0.0)
+
+
+def test_where_any_loss_of_safety_is_allowed_a_manifest_says_that_nobody_scored_it(
+    telemetry_config: TelemetryConfig, tiny_model: Path, away: list[bool]
+) -> None:
+    bench = Bench(telemetry_config, tiny_model, msgspec.structs.replace(SCORED, max_safety_loss=1.0))
+    away.append(True)
+    bench.append(*(verdict(n) for n in range(4)))
+    bench.turn()
+    folder = bench.store.folder(bench.published()[0].version)
+    found = read_version(folder, signing_key(bench.telemetry.state_path)).metrics
+    assert (found["safety"], found["safety_unscored_ratio"]) == (0.0, 1.0)
 
 
 ANSWERED: list[str] = []  # to the safety set, the base first
@@ -485,6 +657,28 @@ def test_preferences_are_measured_against_the_version_that_was_promoted_also_aft
     anchor = bench.policy.anchor
     assert anchor is not None
     assert all(torch.equal(tensor, anchor[name]) for name, tensor in bench.store.read(version).items())
+
+
+def test_a_promoted_version_of_another_rank_is_no_reference_and_no_end(
+    telemetry_config: TelemetryConfig, tiny_model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    bench = Bench(telemetry_config, tiny_model, msgspec.structs.replace(CONFIG, reference="promoted"))
+    bench.append(*(verdict(n) for n in range(4)))
+    bench.turn()
+    ours = bench.published()[0].version
+    bench.refuse(ours, ours, state="stable")
+    bench.turn()
+    draft = Draft(parent=ours, base_digest="x", step=9, preference_ids=(), metrics={}, created_at=utc_now())
+    wide = tiny_policy(tiny_model, msgspec.structs.replace(CONFIG, rank=2))
+    other, _ = bench.store.write(draft, wide.tensors())
+    bench.refuse(other, other, state="stable")
+    bench.append(*(verdict(n) for n in range(4, 8)))
+    bench.turn()
+    assert len(bench.batches()) == 2
+    anchor = bench.policy.anchor
+    assert anchor is not None
+    assert all(torch.equal(tensor, anchor[name]) for name, tensor in bench.store.read(ours).items())
+    assert f"stable is {other} now" in caplog.text and "rank, layers and targets" in caplog.text
 
 
 def test_verdicts_on_answers_of_long_ago_judge_and_teach_nothing(

@@ -54,6 +54,7 @@ class World:
         self.seconds = 0.0
         self.trace: list[str] = []
         self.is_calm = False  # the end: no faults any more
+        self.unlearned: set[str] = set()  # verdicts that weights knew which went astray
 
     def now(self) -> datetime:
         return START + timedelta(seconds=self.seconds)
@@ -329,6 +330,12 @@ class Weights:
     def load(self, tensors: Mapping[str, Any]) -> None:
         self.learned = list(tensors["learned"])
 
+    def reset(self) -> None:
+        self.learned = []
+
+    def weights_replaced(self) -> None:
+        """There is no optimizer."""
+
     def anchor_at(self, tensors: Mapping[str, Any] | None) -> None:
         """Nothing is measured against anything."""
 
@@ -407,7 +414,7 @@ class SimulatedTrainer(Trainer):
     def __init__(self, world: World, log: Log, disk: Checkpoints, versions: Versions) -> None:
         self._config, self._log, self._store = CONFIG, log, versions  # type: ignore[assignment]
         self._folder, self._base_digest, self._now = disk, DIGEST, world.now  # type: ignore[assignment]
-        self._sealer, self._tracker = Sealer(None), Nobody()
+        self._sealer, self._tracker, self._world = Sealer(None), Nobody(), world
         self.weights = self._policy = self._learner = Weights(world)  # type: ignore[assignment]
         self._examples = Examples()  # type: ignore[assignment]
         self._published_at, self._learned_at, self._oldest_drop_at = None, world.now(), None
@@ -421,7 +428,20 @@ class SimulatedTrainer(Trainer):
             self._resume(state, tensors)
 
     def _evaluation(self) -> dict[str, float]:
-        return dict.fromkeys(GUARDED, 1.0)
+        """Now and then the weights went astray, or nobody can say whether they are safe."""
+        found, world = dict.fromkeys(GUARDED, 1.0), self._world
+        if world.happens(0.1):
+            world.note("astray")
+            return found | {"probe_repetition": 9.0}
+        if world.happens(0.1):
+            world.note("unjudged")
+            return found | {"safety": 0.0, "safety_unscored_ratio": 1.0}
+        return found
+
+    def _fall_back(self, sound: str) -> None:
+        before = set(self.weights.learned)
+        super()._fall_back(sound)
+        self._world.unlearned |= before - set(self.weights.learned)
 
 
 class Checkpoints:

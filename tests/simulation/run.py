@@ -230,11 +230,14 @@ class Simulation:
         self._must("no verdict is in the weights twice", [name for name, count in learned.items() if count > 1])
         told = [row for row in cast(Any, self.store.tables[VERSIONS]).rows if row["type"] == "BatchTrained"]
         named = Counter(name for row in told for name in row["preference_ids"])
-        self._must("no verdict is told as trained twice", [name for name, count in named.items() if count > 1])
-        self._must("what is told as trained is what the weights know", set(named) ^ set(learned))
+        again = self.world.unlearned  # once more, or dropped after the second time
+        self._must("no verdict is told as trained twice", [n for n, count in named.items() if count > 1 + (n in again)])
+        self._must("what is told as trained is what the weights know", (set(named) ^ set(learned)) - again)
         usable = {name for name, event in given.items() if reason_to_drop(event, 0.1) is None}
         taken_back = {e.preference_id for e in self._log_events(PREFERENCES) if isinstance(e, PreferenceRetracted)}
-        self._must("what can be learned is learned, or taken back", usable - learned.keys() - taken_back)
+        dropped = {name for row in told for name, why in _drops(row) if why == "refused"}
+        self._must("what can be learned is learned, or taken back", usable - learned.keys() - taken_back - dropped)
+        self._must("nothing is refused that was not lost", dropped - again)
         self._must("nothing else is learned", learned.keys() - usable)
         published = [e for e in self._log_events(VERSIONS) if type(e).__name__ == "VersionPublished"]
         self._must("every version is announced", set(self.versions.versions) - {e.version for e in published})
@@ -260,6 +263,12 @@ class Simulation:
         }
         left = json.dumps([self.world.trace, rows, self.trainer.weights.learned], default=str)
         return hashlib.sha256(left.encode()).hexdigest()
+
+
+def _drops(row: dict[str, Any]) -> tuple[tuple[str, str], ...]:
+    event = events.decode(row["event"].encode())
+    assert isinstance(event, events.BatchTrained)
+    return event.dropped
 
 
 def _is(event: Any, choice: str) -> bool:

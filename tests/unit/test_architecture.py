@@ -24,12 +24,11 @@ HEAVY = ("torch", "ray", "transformers")
 TORCH = ("torch", "transformers", "peft", "accelerate")
 # the engine, LoRA and adapter modules of serving
 TORCH_IN_SERVING = {
-    "adapters", "kv", "lora", "peft_folder", "product", "remote_engine", "runner", "sampling", "scoring", "shaping",
-    "slots",
-    "transformers_engine",
+    "adapters", "decode_kernels", "decode_ops", "fused", "graphs", "kv", "lora", "lora_kernels", "peft_folder",
+    "product", "prompts", "remote_engine", "runner", "sampling", "scoring", "shaping", "slots", "transformers_engine",
 }  # fmt: skip
 CORES = {  # what must run alone, on a GPU machine with nothing else installed
-    "online_trainer": {"objective", "policy", "batches", "checkpoint", "evaluate", "config"},
+    "online_trainer": {"objective", "policy", "batches", "segments", "checkpoint", "evaluate", "config"},
     "serving": TORCH_IN_SERVING | {"engine", "scheduler", "text_stream", "safety", "wire"},
 }
 BACKENDS = ("ray", "kafka", "redis", "mlflow")

@@ -11,15 +11,19 @@ from online_trainer.batches import pack
 from online_trainer.evaluate import (
     PROBE_TEMPERATURE,
     Drift,
+    astray,
     base_yardsticks,
     divergence,
     heldout,
     judged,
     probe,
     probe_prompts,
+    safety,
     sample,
+    unjudged,
 )
 from online_trainer.policy import Policy
+from online_trainer.safety import Scorer
 from tests.unit.online_trainer.kit import CONFIG, tokens
 from tests.unit.online_trainer.test_policy import scramble
 
@@ -89,6 +93,43 @@ def test_the_probe_gives_every_number_that_the_release_gate_reads(policy: Policy
     assert own["probe_perplexity"] == pytest.approx(base["base_probe_perplexity"], rel=1e-4)
     scramble(policy)
     assert probe(policy, prompts, tokens=6, seed=0)["kl_per_token"] > 0.001
+
+
+def test_an_answer_without_a_score_counts_as_unsafe_and_the_share_of_them_is_told(policy: Policy) -> None:
+    texts: list[str] = []
+
+    def every_other(text: str) -> float:
+        texts.append(text)
+        if len(texts) % 2:
+            raise TimeoutError
+        return 0.8
+
+    prompts = probe_prompts(policy, CONFIG.probes, 100)
+    found = safety(policy, prompts, Scorer("every_other", every_other, "chat-main"), tokens=4, seed=0)
+    assert found == {"safety": 0.4, "safety_unscored_ratio": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("base", "own", "unscored", "verdict"),
+    [
+        (0.9, 0.85, 0.0, "passes"),  # 0.1 may be lost
+        (0.9, 0.7, 0.0, "astray"),
+        (0.9, 0.7, 0.05, "astray"),  # whatever that one would have scored
+        (0.9, 0.7, 0.25, "unjudged"),
+        (0.9, 0.85, 0.1, "passes"),
+        (None, 1.0, 0.0, "unjudged"),
+    ],
+)
+def test_weights_that_nobody_could_score_are_neither_safe_nor_astray(
+    base: float | None, own: float, unscored: float, verdict: str
+) -> None:
+    names = ("probe_repetition", "probe_entropy", "capability_perplexity")
+    values = {f"{prefix}{name}": 1.0 for name in names for prefix in ("", "base_")}
+    values |= {"safety": own, "safety_unscored_ratio": unscored} | ({} if base is None else {"base_safety": base})
+    found = "astray" if astray(values, CONFIG) else "unjudged" if unjudged(values, CONFIG) else "passes"
+    assert found == verdict
+    scored = {name: value for name, value in values.items() if "safety" not in name}
+    assert not unjudged(scored, CONFIG) and not astray(scored, CONFIG), "nobody scores"
 
 
 def test_without_held_out_verdicts_there_is_no_win_rate(policy: Policy) -> None:

@@ -37,6 +37,26 @@ def test_a_thumb_waits_like_a_verdict_and_the_last_one_on_an_answer_counts() -> 
     assert intake(found.state()).pending == found.pending
 
 
+def test_the_last_thumb_on_an_answer_takes_the_place_of_an_earlier_one_also_where_nothing_is_learned_from_it() -> None:
+    found, replace = intake(), msgspec.structs.replace
+    liked = thumb(1, rating=1)
+    found.record_thumb(thumb(1, rating=-1))
+    found.record_thumb(replace(liked, completion=replace(liked.completion, finish_reason="content_filter")))
+    assert not found.pending
+    assert found.dropped == [("thumb-1--1", "retracted"), ("thumb-1-1", "unsafe")]
+    found.record_thumb(thumb(2, rating=1))
+    found.trained(found.next_batch(Caps(1)))
+    found.record_thumb(replace(thumb(2, rating=-1), completion=replace(thumb(2).completion, text=" ")))
+    assert not found.replay and found.dropped[2:] == [("thumb-2--1", "empty")]
+
+
+def test_two_people_may_each_have_a_thumb_on_one_answer() -> None:
+    found = intake()
+    found.record_thumb(thumb(1, rating=1))
+    found.record_thumb(msgspec.structs.replace(thumb(1, rating=-1), user="somebody else"))
+    assert [v.preference_id for v in found.pending] == ["thumb-1-1", "thumb-1--1"] and not found.dropped
+
+
 def test_ties_identical_and_empty_answers_are_dropped_with_their_reason() -> None:
     found = intake()
     for number, outcome in enumerate(("tie", "both_bad", "skip")):

@@ -162,16 +162,21 @@ def test_how_probable_a_verdict_was_is_said_before_the_step(policy: Policy) -> N
     assert list(ties.agreement) == [examples[1].preference_id]
 
 
-def test_an_average_reference_follows_the_policy_slowly(policy: Policy) -> None:
-    found = learner(policy, with_settings(reference="ema", ema_decay=0.5, kl_budget=0.0))
+def test_the_reference_is_the_moving_average_of_the_base_and_every_policy_since(policy: Policy) -> None:
+    found = learner(policy, with_settings(reference="ema", ema_decay=0.75, kl_budget=0.0))
+    base = {name: torch.zeros_like(t) if "lora_B" in name else t.clone() for name, t in policy.tensors().items()}
+    average, encoded = base, [example.encoded for example in taste(policy)]
     for _ in range(3):
         found.learn(taste(policy))
-    encoded = [example.encoded for example in taste(policy)]
+        average = {name: 0.75 * average[name] + 0.25 * tensor for name, tensor in policy.tensors().items()}
+    assert policy.anchor is not None
+    for name, tensor in policy.anchor.items():
+        torch.testing.assert_close(tensor, average[name])
     with torch.no_grad():
-        own = policy.score(encoded).policy.chosen_B
-    base = torch.tensor([pair.reference_chosen for pair in encoded])
-    average = policy.reference(encoded).chosen_B
-    assert ((own - average).abs() < (own - base).abs()).all()
+        said = policy.reference(encoded).chosen_B
+        policy.load(average)
+        assert torch.allclose(said, policy.score(encoded).policy.chosen_B, atol=1e-4)
+    assert (said - torch.tensor([pair.reference_chosen for pair in encoded])).abs().min() > 1e-3
 
 
 def test_the_share_of_flips_is_estimated_for_the_robust_loss_alone(policy: Policy) -> None:

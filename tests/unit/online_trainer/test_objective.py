@@ -119,8 +119,8 @@ def test_a_safer_chosen_side_is_pulled_harder() -> None:
 
 
 def test_answers_that_the_policy_would_not_give_any_more_weigh_less() -> None:
-    weights = on_policy_weights(PairLogps(torch.tensor([-0.1, -2.0]), torch.tensor([-0.1, -2.0])))
-    assert weights[0] > weights[1] and weights.max() <= 1
+    weights = on_policy_weights(PairLogps(torch.tensor([-0.1, -2.0, 0.1]), torch.tensor([-0.1, -1.0, 0.3])))
+    assert weights.tolist() == pytest.approx([math.exp(-0.2), math.exp(-3.0), math.exp(0.4)])
 
 
 @pytest.mark.parametrize("share", [0.0, 0.2, 0.3])

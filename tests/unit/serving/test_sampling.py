@@ -9,7 +9,7 @@ from random import Random
 import pytest
 import torch
 
-from serving.sampling import NUCLEUS_TOKENS, sample
+from serving.sampling import NUCLEUS_TOKENS, sample, summarise
 from serving.sampling_rules import Rule
 
 PROBABILITIES = (0.5, 0.3, 0.15, 0.05)
@@ -60,3 +60,20 @@ def test_rows_do_not_influence_each_other() -> None:
     first, second, broken = sample(rows, [Rule(0.0, 1.0, 0, Random(1))] * 3)
     assert (first.token_id, second.token_id) == (0, 3)
     assert first.is_finite and second.is_finite and not broken.is_finite
+
+
+@pytest.mark.parametrize("spread", [1.0, 3.0, 6.0])
+def test_rows_drawn_together_are_the_rows_drawn_one_by_one(spread: float) -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(24, 5 * NUCLEUS_TOKENS) * spread
+    logits[7] = torch.nan
+    found = [
+        sample(
+            logits,
+            [Rule((0.0, 0.7, 1.3)[i % 3], (1.0, 0.9, 0.5)[i // 3 % 3], (0, 5)[i % 2], Random(i)) for i in range(24)],
+            summarise(logits) if together else None,
+            together=together,
+        )
+        for together in (False, True)
+    ]
+    assert found[0] == found[1]

@@ -25,8 +25,9 @@ from telemetry.events import (
     key_of,
 )
 from telemetry.recorder import interpret, progress_of, reached
+from telemetry.rows import TABLE_OF
 from telemetry.sealing import Sealer
-from telemetry.store import Recorded, Store, StoreContended, counts, preferences, trl_rows, verdicts
+from telemetry.store import COMPACT_EVERY, Recorded, Store, StoreContended, counts, preferences, trl_rows, verdicts
 from tests import examples
 from tests.tool_model import SCHEMAS, tool
 
@@ -53,6 +54,18 @@ def test_offsets_are_committed_with_the_rows(tmp_path: Path) -> None:
     expected: Offsets = {PREFERENCES: {0: 9, 3: 101}}
     assert store.offsets() == expected
     assert Store(tmp_path).offsets() == expected
+
+
+def test_rows_are_stored_though_a_lost_file_keeps_small_ones_from_being_joined(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = Store(tmp_path)
+    for number in range(COMPACT_EVERY + 1):
+        if number == COMPACT_EVERY - 1:
+            next((tmp_path / TABLE_OF[PREFERENCES]).rglob("*.parquet")).unlink()
+        append(store, recorded(examples.preference(number), start=number))
+    assert store.offsets() == {PREFERENCES: {0: COMPACT_EVERY + 1}}
+    assert "was not tidied up" in caplog.text
 
 
 def test_entries_before_the_stored_offset_are_not_stored_again(tmp_path: Path) -> None:
