@@ -23,6 +23,7 @@ from typing import Any, Final, NamedTuple
 
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config
 
 from deploy.models import make_tiny
@@ -34,6 +35,7 @@ from tests.bench.bench_trainer import ALPHA, NO_TOKENIZER, RANK, Ours, Theirs, c
 
 PEAK: Final = 989e12  # dense bfloat16 operations a second of an H100's or H200's datasheet
 SHAPES: Final = {"512:64": (512, 64), "128:64": (128, 64), "64:128": (64, 128)}
+KERNELS = 20  # shown of a profile
 PAIRS, ROUNDS = 32, 3
 FULL: Final = 3  # times as many pairs, to see how busy the GPU can be kept
 STEP_PAIRS: Final = (1, 4, 16)
@@ -192,6 +194,7 @@ def throughput(
             f"operations needed, as a share of the datasheet's peak, a step of {FULL * count} pairs, {where}",
             rate_of / PEAK, "", bar=0.4, better="higher", of_measured_ceiling=rate_of / limit, **detail,
         )  # fmt: skip
+        print_kernels(ours, pairs_of(SHAPES[shape], FULL * count, 98))
         del ours, theirs
         gc.collect()
         settings = {  # for the other shapes, which are shorter, with as much or more at once
@@ -223,6 +226,19 @@ def compare(ours: Ours, theirs: Theirs, shape: str, rounds: int, count: int) -> 
 def operations_a_second(ours: Ours, pairs: Sequence[PairTokens], rounds: int) -> float:
     ours.step(pairs)
     return operations(ours.policy.model, pairs) / median(seconds(partial(ours.step, pairs)) for _ in range(rounds))
+
+
+def print_kernels(ours: Ours, pairs: Sequence[PairTokens]) -> None:
+    """Where a step's time goes."""
+    if device().type != "cuda":
+        return
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        took = seconds(partial(ours.step, pairs))
+    found = sorted(profiled.key_averages(), key=lambda each: -each.self_device_time_total)
+    busy = sum(each.self_device_time_total for each in found) / 1e6
+    print(f"# a step of {len(pairs)} pairs took {took:.3f} s, kernels {busy:.3f} s", flush=True)
+    for each in found[:KERNELS]:
+        print(f"#   {each.self_device_time_total / 1e3:7.1f} ms {each.count:5d} × {each.key[:90]}", flush=True)
 
 
 def steps(name: str, ours: Ours, theirs: Theirs) -> Iterator[dict[str, Any]]:
