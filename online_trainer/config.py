@@ -35,7 +35,7 @@ SAFETY_PROBES = (
 # Where things lie and are shown: no version depends on them.
 PLACES = frozenset({"model", "metrics_port", "tracking", "tracking_uri", "keep_checkpoints"})
 # How fast the same is learned, apart from rounding.
-PACE = frozenset({"processes", "compiles", "micro_batch_tokens", "cached_tokens"})
+PACE = frozenset({"processes", "micro_batch_tokens", "cached_tokens"})
 FLIPS_PAIRS = 24  # held-out verdicts, at least, to estimate the share of flipped ones on
 DEFAULT_SMOOTHING = 0.05
 TAKE_MISTAKES = ("sigmoid", "robust", "simpo")  # objectives that label_smoothing means something to
@@ -154,8 +154,6 @@ class TrainerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     micro_batch_tokens: int = 1024
     # Tokens of pairs, at most, that are kept as the lower layers left them; other pairs go through these again.
     cached_tokens: int = 262_144
-    # Let torch.compile fuse the layers: up to a minute at the start, faster steps on a GPU (README, numbers).
-    compiles: bool = False
 
     # Processes that compute a step together, the trainer among them; each on a GPU of its own where there are as many.
     processes: int = 1

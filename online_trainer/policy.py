@@ -120,7 +120,6 @@ class Policy:
         self._head: Any = model.get_output_embeddings()  # type: ignore[operator]
         self._layers: nn.ModuleList = self._decoder.layers
         self._first = max(0, len(self._layers) - (layers or len(self._layers)))
-        self._run = self._layers  # in a step; when generating, always the plain ones
         self._switch, self._seed = Switch(), seed
         self._pack = pack
         if self.device.type == "cuda" if is_flat is None else is_flat:
@@ -145,11 +144,6 @@ class Policy:
         if not adapters:
             raise ValueError(f"none of the targets {self.targets} is a linear of the topmost layers")
         return adapters
-
-    def compile(self) -> None:
-        """Let ``torch.compile`` fuse what steps do between products: once, in the first ones, for all lengths."""
-        layers: list[Any] = [torch.compile(layer, dynamic=True) for layer in self._layers]
-        self._run = nn.ModuleList(layers)
 
     def parameters(self) -> list[nn.Parameter]:
         """What is trained, in a fixed order."""
@@ -239,7 +233,7 @@ class Policy:
     def _only(self, layers: slice, *, has_norm: bool) -> Iterator[None]:
         """Inside, the decoder consists of ``layers``, with or without its last norm."""
         norm = self._decoder.norm
-        self._decoder.layers = self._run[layers]
+        self._decoder.layers = self._layers[layers]
         self._decoder.norm = norm if has_norm else nn.Identity()
         try:
             yield
@@ -335,11 +329,8 @@ def load_model(folder: Path, dtype: str, rank: int = 0) -> tuple[nn.Module, Toke
 def load_policy(config: TrainerConfig, rank: int = 0) -> Policy:
     """The base model with fresh adapters, for process number ``rank`` of a trainer."""
     model, tokenizer = load_model(Path(config.model), config.dtype, rank)
-    policy = Policy(
+    return Policy(
         model, tokenizer,
         rank=config.rank, alpha=config.alpha, layers=config.layers, targets=config.targets, seed=config.seed,
         ld_alpha=config.ld_alpha,
     )  # fmt: skip
-    if config.compiles:
-        policy.compile()
-    return policy

@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from dataclasses import fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import psutil
 import torch
@@ -33,9 +33,7 @@ from transformers import (
     AutoModelForCausalLM,
     ContinuousBatchingConfig,
     GenerationConfig,
-    LlamaConfig,
     PreTrainedTokenizerFast,
-    Qwen2Config,
 )
 from transformers.generation.continuous_batching.utils import WorkloadHints
 
@@ -50,22 +48,8 @@ from serving.wire import GenerateRequest, Sampling
 from telemetry.events import Message
 from telemetry.manifest import ADAPTER_FILE, Manifest
 from tests.bench import record
+from tests.bench.gpu_models import MODELS
 
-MODELS: Final[dict[str, Any]] = {
-    "Llama-3.2-1B": LlamaConfig(
-        hidden_size=2048, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8, head_dim=64,
-        intermediate_size=8192, vocab_size=128_256, tie_word_embeddings=True, max_position_embeddings=8192,
-        rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
-    ),
-    "Qwen2.5-0.5B": Qwen2Config(
-        hidden_size=896, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2, intermediate_size=4864,
-        vocab_size=151_936, tie_word_embeddings=True, max_position_embeddings=8192,
-    ),
-    "tiny": LlamaConfig(
-        hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=128,
-        vocab_size=1000, tie_word_embeddings=True, max_position_embeddings=1024,
-    ),
-}  # fmt: skip
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 RANK, SCALING, VERSIONS, BATCH = 16, 2.0, 8, 16
 ADAPTER_SIZE = 0.02  # of both factors' entries: a nudge, as training leaves it

@@ -2,8 +2,8 @@
 
 As bench_trainer, on models of about half a billion and a billion parameters in bfloat16. Their weights are random (a
 step takes as long whatever they are), so that nothing needs to be downloaded. Both sides run at the best settings found
-in a first round: TRL over batch sizes, with and without autocast and Liger's kernels; ours over token budgets; both
-with and without ``torch.compile`` of the decoder layers. It needs no Ray, Kafka or Redis.
+in a first round: TRL over batch sizes, with Liger's kernels or without; ours over token budgets. Neither is compiled
+(DECISIONS.md). It needs no Ray, Kafka or Redis.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deploy.models import make_tiny
 from online_trainer.batches import PairTokens
@@ -32,6 +32,7 @@ from online_trainer.config import TARGETS
 from online_trainer.policy import Policy
 from tests.bench import record
 from tests.bench.bench_trainer import ALPHA, NO_TOKENIZER, RANK, Ours, Theirs, computed, pairs_of, seconds
+from tests.bench.gpu_models import MODELS
 
 PEAK: Final = 989e12  # dense bfloat16 operations a second of an H100's or H200's datasheet
 SHAPES: Final = {"512:64": (512, 64), "128:64": (128, 64), "64:128": (64, 128)}
@@ -39,21 +40,6 @@ KERNELS = 20  # shown of a profile
 PAIRS, ROUNDS = 32, 3
 FULL: Final = 3  # times as many pairs, to see how busy the GPU can be kept
 STEP_PAIRS: Final = (1, 4, 16)
-MODELS: Final[dict[str, Any]] = {
-    "Llama-3.2-1B": LlamaConfig(
-        hidden_size=2048, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8, head_dim=64,
-        intermediate_size=8192, vocab_size=128_256, tie_word_embeddings=True, max_position_embeddings=8192,
-        rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
-    ),
-    "Qwen2.5-0.5B": Qwen2Config(
-        hidden_size=896, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2, intermediate_size=4864,
-        vocab_size=151_936, tie_word_embeddings=True, max_position_embeddings=8192,
-    ),
-    "tiny": LlamaConfig(
-        hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=128,
-        vocab_size=41_000, tie_word_embeddings=True, max_position_embeddings=4096,
-    ),
-}  # fmt: skip
 
 
 class Setting(NamedTuple):
@@ -62,7 +48,6 @@ class Setting(NamedTuple):
     size: int  # TRL's batch, our token budget
     autocasts: bool = False
     uses_liger: bool = False
-    compiles: bool = False
 
     def __str__(self) -> str:
         words = [str(self.size), *(name for name, is_on in self._asdict().items() if is_on is True)]
@@ -92,16 +77,11 @@ def any_tokenizer() -> Any:
 
 
 def our_side(base: nn.Module, setting: Setting) -> Ours:
-    ours = Ours(copy.deepcopy(base), budget=setting.size)
-    if setting.compiles:
-        ours.policy.compile()
-    return ours
+    return Ours(copy.deepcopy(base), budget=setting.size)
 
 
 def their_side(base: nn.Module, setting: Setting) -> Theirs:
-    model: Any = copy.deepcopy(base)
-    for layer in model.get_decoder().layers if setting.compiles else ():
-        layer.compile(dynamic=True)
+    model = copy.deepcopy(base)
     return Theirs(
         model, any_tokenizer(), setting.size, autocasts=setting.autocasts, uses_liger=setting.uses_liger
     )  # fmt: skip
@@ -282,13 +262,11 @@ def agrees(base: nn.Module) -> None:
     """Log-probs and gradients of one flat row against those of padded rows, on this device. Raises RuntimeError."""
     pairs = pairs_of((100, 40), 6, 5)
     found = []
-    for is_flat, compiles in ((False, False), (True, False), (True, True)):
+    for is_flat in (False, True):
         policy = Policy(
             copy.deepcopy(base), NO_TOKENIZER, rank=RANK, alpha=ALPHA, layers=0, targets=TARGETS, seed=0,
             is_flat=is_flat,
         )  # fmt: skip
-        if compiles:
-            policy.compile()
         with torch.no_grad():
             for adapter in policy.adapters.values():
                 adapter.lora_B.normal_(0, 0.02, generator=torch.Generator(device()).manual_seed(1))
@@ -297,15 +275,12 @@ def agrees(base: nn.Module) -> None:
         (sums.chosen_B - sums.rejected_B).sum().backward()
         gradient = torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None])
         found.append((torch.cat([*sums]).detach(), gradient))
-    padded, padded_gradient = found[0]
-    for name, (flat, flat_gradient) in zip(("flat", "flat and compiled"), found[1:], strict=True):
-        apart = float(((padded - flat).abs() / padded.abs()).max())
-        angle = float(torch.cosine_similarity(padded_gradient, flat_gradient, dim=0))
-        print(
-            f"# {name} against padded rows: log-probs at most {apart:.2e} apart, gradients at a cosine of {angle:.5f}"
-        )
-        if not (apart < 1e-2 and angle > 0.99):
-            raise RuntimeError(f"{name} and padded rows compute something else")
+    (padded, padded_gradient), (flat, flat_gradient) = found
+    apart = float(((padded - flat).abs() / padded.abs()).max())
+    angle = float(torch.cosine_similarity(padded_gradient, flat_gradient, dim=0))
+    print(f"# flat against padded rows: log-probs at most {apart:.2e} apart, gradients at a cosine of {angle:.5f}")
+    if not (apart < 1e-2 and angle > 0.99):
+        raise RuntimeError("flat and padded rows compute something else")
 
 
 def main() -> None:
@@ -313,14 +288,12 @@ def main() -> None:
     parser.add_argument("--model", action="append", choices=list(MODELS), help="default: both that are not tiny")
     parser.add_argument("--short", action="store_true", help="one round and few settings: whether it runs")
     options = parser.parse_args()
-    torch._dynamo.config.recompile_limit = 64  # many models, one process
     batches, budgets = ((2,), (1024,)) if options.short else ((4, 8), (16_384, 32_768))
     settings = {
-        "ours": [Setting(budgets[0]), *(Setting(size, compiles=True) for size in budgets)],
+        "ours": [Setting(size) for size in budgets],
         "TRL": [
             *(Setting(size, autocasts=True) for size in batches),
             Setting(batches[-1], autocasts=True, uses_liger=True),
-            Setting(batches[-1], autocasts=True, compiles=True),
         ],
     }
     rows: list[Any] = []
