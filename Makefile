@@ -7,7 +7,7 @@
 #   make chaos   every crash point with every fault on a real Kafka, then a count (50 minutes)
 #   make simulate   20,000 seeds of the simulation
 #   make experiments   the trainer with simulated voters: tastes, mistakes, malice, a change of mind (hours)
-#   make bench   every figure of the README, measured here
+#   make bench   every figure of the README, measured here (on a GPU: make bench-engine_gpu bench-trainer_gpu)
 #   make test-vllm   the remote engine on a real vLLM, in an environment of its own (6 GB)
 
 .PHONY: help setup up test test-vllm chaos simulate experiments demo check bench bench-serving pictures lock clean
@@ -67,7 +67,7 @@ check: setup
 	$(PYTHON) -m pytest -q tests/unit/test_architecture.py
 
 bench: setup
-	@set -e; for bench in tests/bench/bench_*.py; do \
+	@set -e; for bench in $(filter-out %_gpu.py,$(wildcard tests/bench/bench_*.py)); do \
 	  name=$${bench##*/}; $(PYTHON) -m tests.bench.$${name%.py}; done
 	$(PYTHON) -m tests.bench.record
 

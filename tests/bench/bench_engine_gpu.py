@@ -482,6 +482,8 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=128, help="tokens of each answer")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
+    if not (is_gpu() or options.tiny):
+        parser.error("no CUDA device here; --tiny tries the script on a processor")
     if options.tiny:
         options.model, options.new, options.rounds = ["tiny"], 16, 2
     logging.basicConfig(level=logging.WARNING)

@@ -288,6 +288,8 @@ def main() -> None:
     parser.add_argument("--model", action="append", choices=list(MODELS), help="default: both that are not tiny")
     parser.add_argument("--short", action="store_true", help="one round and few settings: whether it runs")
     options = parser.parse_args()
+    if device().type == "cpu" and options.model != ["tiny"]:
+        parser.error("no CUDA device here; --model tiny --short tries the script on a processor")
     batches, budgets = ((2,), (1024,)) if options.short else ((4, 8), (16_384, 32_768))
     settings = {
         "ours": [Setting(size) for size in budgets],
