@@ -150,7 +150,7 @@ class TrainerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     max_completion_tokens: int = 256
     # Take the base's log-probs that came with a verdict, where serving was idle long enough to compute them.
     uses_served_reference: bool = True
-    # Tokens of one forward and backward pass; memory grows with it.
+    # Tokens of one forward and backward pass; memory grows with it. On a GPU: 16384.
     micro_batch_tokens: int = 1024
     # Tokens of pairs, at most, that are kept as the lower layers left them; other pairs go through these again.
     cached_tokens: int = 262_144
