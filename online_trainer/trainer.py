@@ -22,7 +22,7 @@ from online_trainer.bias import measured, traits
 from online_trainer.checkpoint import TrainerState
 from online_trainer.config import TrainerConfig
 from online_trainer.errors import IncompatibleAdapter, InvalidCheckpoint, UnusableExamples
-from online_trainer.evaluate import Judged
+from online_trainer.exam import Exam
 from online_trainer.examples import Examples
 from online_trainer.ingest import Caps, Intake, IntakeState, Verdict, opened, sealed
 from online_trainer.learner import NOBODY, Example, Helpers, Learner
@@ -63,9 +63,7 @@ log = logging.getLogger("online_trainer")
 POLL_ENTRIES = 256
 POLL_S = 0.5
 RETRY_S = 1.0
-STEP_BACK = 0.7  # of the adapter that strays: half of its KL
 BEHIND_WAITS = 3.0  # publish_interval_s that a version waits for, at most, while verdicts wait for a step
-JUDGED_PAIRS = 4  # that a version is asked about of each kind that is no held-out one
 MAX_RETREATS = 2  # to versions that users did not confirm, in a row
 AHEAD_STEPS = 4  # full ones that wait: from there on no more is read than is learned
 RESETTING = frozenset({"rejected", "rolled_back"})
@@ -95,16 +93,10 @@ class Trainer:
         self._folder = folder / config.learning_digest if store.dataset else folder  # with other settings, another run
         self._base_digest, self._sealer, self._now = base_digest, sealer, now
         self._tracker = tracker or Nobody()
-        self._scorer = load_scorer(config.safety_scorer, config.variant)
-        self._examples = Examples(policy, config, base_version(base_digest), self._scorer)
-        self._prompts = evaluate.probe_prompts(policy, config.probes, config.max_prompt_tokens)
-        drift, self._base_metrics = evaluate.base_yardsticks(
-            policy, self._prompts, tokens=config.probe_tokens, seed=config.seed
-        )
-        with policy.as_reference():
-            self._base_metrics["base_capability_perplexity"] = self._capability()
-        self._base_metrics |= self._base_safety()
-        self._learner = Learner(policy, config, drift.kl_per_token, helpers)
+        scorer = load_scorer(config.safety_scorer, config.variant)
+        self._examples = Examples(policy, config, base_version(base_digest), scorer)
+        self._exam = Exam(policy, config, self._examples, scorer)
+        self._learner = Learner(policy, config, self._exam.drift.kl_per_token, helpers)
         metrics.WENT_ASTRAY.labels(config.variant)  # from 0 on: an increase from nothing is none
         self._published_at: datetime | None = None  # the last version, or the last try at one
         self._learned_at = now()  # the last step on new verdicts
@@ -392,7 +384,7 @@ class Trainer:
 
         False where a guard can say nothing: then the weights stay, unpublished, until the next try.
         """
-        values = self._evaluation()
+        values = self._exam.values(self._learner, self._intake)
         if why := evaluate.astray(values, self._config):
             log.warning("not published: %s", why, extra={"action": "went_astray", "step": self._learner.step})
             metrics.WENT_ASTRAY.labels(self._config.variant).inc()
@@ -448,51 +440,6 @@ class Trainer:
         is_behind = len(self._intake.next_batch(self._caps(self._config.batch_pairs))) == self._config.batch_pairs
         return self._is_due(self._published_at, self._config.publish_interval_s * (BEHIND_WAITS if is_behind else 1.0))
 
-    def _evaluation(self) -> dict[str, float]:
-        """What the release gate reads."""
-        own, limit = self._probe(), self._config.max_perplexity_ratio
-        if limit and own["probe_perplexity"] > limit * self._base_metrics["base_probe_perplexity"]:
-            log.info("too far from the base", extra={"action": "stepped_back", **own})
-            self._learner.step_back(STEP_BACK)
-            own = self._probe()
-        if "base_safety" not in self._base_metrics:  # the scorer was away
-            self._base_metrics |= self._base_safety()
-        values = {**self._base_metrics, **own, "capability_perplexity": self._capability(), **self._safety()}
-        held_out = self._judged(self._intake.heldout)
-        values |= evaluate.heldout(held_out) | evaluate.curve(held_out)
-        for name in ("aged", "regression"):
-            values |= evaluate.heldout(self._judged(self._few(getattr(self._intake, name))), name)
-        few = self._few(self._intake.replay)
-        seen = self._judged(few)
-        values |= evaluate.heldout(seen, "replay")
-        self._intake.got_right(v for v, margin in zip(few, seen.margin_B.tolist(), strict=True) if margin > 0)
-        self._learner.estimate_flips(self._examples.of(self._intake.heldout))
-        return values | {"flip_rate": self._learner.flips}
-
-    def _few(self, verdicts: Sequence[Verdict]) -> list[Verdict]:
-        """Some of those that say what is better, others each time: a version must not wait for all of them."""
-        return self._learner.shuffled(_with_sides(verdicts))[:JUDGED_PAIRS]
-
-    def _judged(self, verdicts: Sequence[Verdict]) -> Judged:
-        return evaluate.judged(self._policy, self._examples.of(_with_sides(verdicts)), self._config.beta)
-
-    def _capability(self) -> float:
-        return evaluate.perplexity(self._policy, evaluate.capability_text(self._policy))
-
-    def _safety(self) -> dict[str, float]:
-        """How answers to the safety set score; nothing where nobody scores them."""
-        config = self._config
-        if self._scorer is None or not config.safety_probes:
-            return {}
-        prompts = evaluate.probe_prompts(self._policy, config.safety_probes, config.max_prompt_tokens)
-        return evaluate.safety(self._policy, prompts, self._scorer, tokens=config.probe_tokens, seed=config.seed)
-
-    def _base_safety(self) -> dict[str, float]:
-        """The base's score: only one of all its answers is a yardstick."""
-        with self._policy.as_reference():
-            found = self._safety()
-        return {"base_safety": found["safety"]} if found and not found["safety_unscored_ratio"] else {}
-
     def _anchor_at(self, version: str) -> None:
         """Users' stable version changed: where preferences are measured against that, take it over."""
         if self._config.reference != "promoted":
@@ -507,10 +454,6 @@ class Trainer:
                 "[trainer] its rank, layers and targets, or wait until a version of this trainer is stable",
                 version, error, extra={"action": "reference_unusable", "version": version},
             )  # fmt: skip
-
-    def _probe(self) -> dict[str, float]:
-        config = self._config
-        return evaluate.probe(self._policy, self._prompts, tokens=config.probe_tokens, seed=config.seed)
 
     def _fall_back(self, sound: str) -> None:
         """A version that the weights descend from was refused: go back to a sound one, or to the base."""
@@ -626,7 +569,3 @@ def _intake(config: TrainerConfig, state: IntakeState) -> Intake:
         replay_window=config.replay_window,
         learns_ties=config.objective in KNOW_TIES,
     )
-
-
-def _with_sides(verdicts: Sequence[Verdict]) -> list[Verdict]:
-    return [verdict for verdict in verdicts if not (verdict.is_tie or verdict.thumb)]

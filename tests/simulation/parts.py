@@ -408,6 +408,23 @@ GUARDED = (
 )  # fmt: skip
 
 
+class Exam:
+    """Now and then the weights went astray, or nobody can say whether they are safe."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+
+    def values(self, learner: object, intake: object) -> dict[str, float]:
+        found, world = dict.fromkeys(GUARDED, 1.0), self._world
+        if world.happens(0.1):
+            world.note("astray")
+            return found | {"probe_repetition": 9.0}
+        if world.happens(0.1):
+            world.note("unjudged")
+            return found | {"safety": 0.0, "safety_unscored_ratio": 1.0}
+        return found
+
+
 class SimulatedTrainer(Trainer):
     """The trainer's own loop over weights that are a list."""
 
@@ -416,7 +433,7 @@ class SimulatedTrainer(Trainer):
         self._folder, self._base_digest, self._now = disk, DIGEST, world.now  # type: ignore[assignment]
         self._sealer, self._tracker, self._world = Sealer(None), Nobody(), world
         self.weights = self._policy = self._learner = Weights(world)  # type: ignore[assignment]
-        self._examples = Examples()  # type: ignore[assignment]
+        self._examples, self._exam = Examples(), Exam(world)  # type: ignore[assignment]
         self._published_at, self._learned_at, self._oldest_drop_at = None, world.now(), None
         number, payload, tensors = disk.newest or (0, b"", {})
         fresh = TrainerState(base_digest=DIGEST, lineage=Lineage(base_version(DIGEST)), intake=IntakeState())
@@ -426,17 +443,6 @@ class SimulatedTrainer(Trainer):
         self._lineage, self._untold, self.weights.step = state.lineage, list(state.untold), state.step
         if payload:
             self._resume(state, tensors)
-
-    def _evaluation(self) -> dict[str, float]:
-        """Now and then the weights went astray, or nobody can say whether they are safe."""
-        found, world = dict.fromkeys(GUARDED, 1.0), self._world
-        if world.happens(0.1):
-            world.note("astray")
-            return found | {"probe_repetition": 9.0}
-        if world.happens(0.1):
-            world.note("unjudged")
-            return found | {"safety": 0.0, "safety_unscored_ratio": 1.0}
-        return found
 
     def _fall_back(self, sound: str) -> None:
         before = set(self.weights.learned)
