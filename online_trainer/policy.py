@@ -22,7 +22,7 @@ from online_trainer.config import TrainerConfig
 from online_trainer.errors import IncompatibleAdapter
 from online_trainer.head import token_logps
 from online_trainer.objective import PairLogps
-from online_trainer.segments import Segments, use_segments
+from online_trainer.segments import Segments, takes_segments, use_segments
 
 
 class Switch:
@@ -122,7 +122,7 @@ class Policy:
         self._first = max(0, len(self._layers) - (layers or len(self._layers)))
         self._switch, self._seed = Switch(), seed
         self._pack = pack
-        if self.device.type == "cuda" if is_flat is None else is_flat:
+        if takes_segments(model) if is_flat is None else is_flat:
             use_segments(model)
             self._pack = pack_flat
         self.adapters = self._attach()

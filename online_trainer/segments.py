@@ -104,6 +104,14 @@ def _stretches(starts: Tensor) -> list[slice]:
     return [slice(*each) for each in pairwise(bounds)]
 
 
+def takes_segments(model: Any) -> bool:
+    """Whether the flash kernels behind ``attend`` compute ``model``, by its GPU, its type and the size of its heads."""
+    weight, config = next(model.parameters()), model.config.get_text_config()
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    is_able = weight.is_cuda and torch.cuda.get_device_capability(weight.device) >= (8, 0)
+    return is_able and weight.dtype in (torch.bfloat16, torch.float16) and size <= 256 and size % 8 == 0
+
+
 def use_segments(model: Any) -> None:
     """Let ``model``, of transformers, take ``segments`` among its keyword arguments; without, it attends as before."""
     from transformers import AttentionInterface, AttentionMaskInterface

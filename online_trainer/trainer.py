@@ -65,7 +65,7 @@ POLL_S = 0.5
 RETRY_S = 1.0
 BEHIND_WAITS = 3.0  # publish_interval_s that a version waits for, at most, while verdicts wait for a step
 MAX_RETREATS = 2  # to versions that users did not confirm, in a row
-AHEAD_STEPS = 4  # full ones that wait: from there on no more is read than is learned
+AHEAD_STEPS = 32  # full ones that wait in memory: from there on no more is read than is learned
 RESETTING = frozenset({"rejected", "rolled_back"})
 
 
@@ -220,7 +220,10 @@ class Trainer:
                 self._intake.retract(event)
             case ReleaseChanged() if event.variant == self._config.variant and event.state in RESETTING:
                 if self._lineage.descends_from(event.version):
-                    self._fall_back(self._sound(event))
+                    sound = self._sound(event)
+                    self._fall_back(sound)
+                    if sound == event.stable:  # users have it: what it leads to is counted anew
+                        self._lineage = self._lineage.started_anew()
             case ReleaseChanged() if event.variant == self._config.variant and event.state == "canary":
                 if self._lineage.descends_from(event.version):
                     self._lineage = self._lineage.accepted(event.version)
@@ -395,7 +398,7 @@ class Trainer:
             log.warning(
                 "not published yet: %s; mend it", why, extra={"action": "not_judged", "step": self._learner.step}
             )
-            self._published_at = self._now()
+            self._published_at, self._is_unsaved = self._now(), True  # it may have been shrunk for the exam
             return False
         draft = Draft(
             parent=self._lineage.parent,

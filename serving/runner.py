@@ -127,9 +127,14 @@ class Runner:
         self.kv.copy(plan.copies)
         self._summary = None
         if self._graphs is not None and plan.decoding == len(plan.work):
-            made = self._graphs.run(plan)
-            self._summary = made.summary
-            return made.logits
+            try:
+                made = self._graphs.run(plan)
+            except RuntimeError:  # of a graph that is made now, for longer rows: its steps are launched instead
+                log.warning("decoding cannot be replayed", exc_info=True, extra={"action": "decoding_launched"})
+                self._graphs = None
+            else:
+                self._summary = made.summary
+                return made.logits
         # sorted by slot, each version's tokens lie together; attention finds its rows by index
         order = sorted(range(len(plan.work)), key=lambda i: plan.work[i].sequence.slot)
         tokens: list[int] = []

@@ -305,9 +305,9 @@ class TransformersEngine:
 
     def _tell(self) -> None:
         """Make text of the last step's tokens where that is still to be done, and deliver it."""
-        untold, self._untold = self._untold, []
-        for completion in untold:
+        for completion in self._untold:  # kept until all are told: where one fails, _end_all ends the others
             completion.tell()
+        untold, self._untold = self._untold, []
         self._deliver({completion.ticket for completion in untold})
 
     def _family(self, sequence: Sequence) -> list[Completion]:
@@ -340,10 +340,10 @@ class TransformersEngine:
             self._is_closed = True
             self._scorer.close()
         self._take()
-        self._tell()
-        for completion in self._running.values():
+        left = {*self._untold, *self._running.values()}  # what is untold may have left the batch already
+        for completion in left:
             completion.end("error" if self._failure else "cancelled", error=error)
-        tickets = {completion.ticket for completion in self._running.values()}
+        tickets = {completion.ticket for completion in left}
         self._running.clear()
         for ticket in tickets:
             self._slots.unpin(ticket.request.version)
