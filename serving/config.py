@@ -41,9 +41,9 @@ class BaseConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     # Finished sequences whose keys and values are kept for prompts that begin alike.
     cache_rows: int = 8
     # Prompt tokens computed in one step beside running answers: more reads prompts faster, less keeps answers smooth.
-    # On a GPU, which reads hundreds as fast as one: 1024.
+    # Measured on a GPU with 1024.
     chunk_tokens: int = 32
-    # The same when no answer is running. On a GPU: 2048.
+    # The same when no answer is running. Measured on a GPU with 2048.
     idle_chunk_tokens: int = 256
     # Echo engine only: seconds per token.
     echo_token_s: float = 0.0
