@@ -16,11 +16,14 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.errors import TritonError
 
 from serving.decode_ops import Delta
 from serving.lora_kernels import add_deltas, added, launch, shrink
 
-__all__ = ["add_deltas", "add_norm", "attend", "gated", "norm", "shrink", "store"]
+__all__ = ["FAILURES", "add_deltas", "add_norm", "attend", "gated", "norm", "shrink", "store"]
+
+FAILURES: tuple[type[Exception], ...] = (RuntimeError, TritonError)
 
 PLACES = 64  # read at once
 UNSPLIT = 512  # rows up to this long are read by one program each

@@ -22,8 +22,13 @@ class Delta(NamedTuple):
     sizes: list[int]  # outputs of the group's members
 
 
+FAILURES: tuple[type[Exception], ...] = (RuntimeError,)  # what these functions raise where a device cannot compute them
+
+
 class DecodeOps(Protocol):
     """The functions of this module, or of ``serving.decode_kernels``."""
+
+    FAILURES: tuple[type[Exception], ...]
 
     def norm(self, x_NI: Tensor, weight_I: Tensor, eps: float, /) -> Tensor: ...
 
@@ -85,15 +90,23 @@ def attend(
 
     No row is longer than ``longest``.
     """
-    rows, heads, size = query_NHD.shape
+    mask = decode_mask(lengths_N, longest, window, query_NHD.dtype)
+    return attend_masked(query_NHD, keys_RLKD[:, :longest], values_RLKD[:, :longest], mask, scale).flatten(1)
+
+
+def attend_masked(
+    query_NHD: Tensor, keys_RLKD: Tensor, values_RLKD: Tensor, mask: Tensor | None, scale: float
+) -> Tensor:
+    """[N, H, D]: token n looks at row n. The query heads that share keys stand in for query positions."""
+    rows, _, size = query_NHD.shape
     output = scaled_dot_product_attention(
-        query_NHD.reshape(rows, keys_RLKD.shape[2], -1, size),
-        keys_RLKD[:rows, :longest].transpose(1, 2),
-        values_RLKD[:rows, :longest].transpose(1, 2),
-        attn_mask=decode_mask(lengths_N, longest, window, query_NHD.dtype),
+        query_NHD.reshape(rows, keys_RLKD.shape[2], -1, size),  # [N, K, G, D]
+        keys_RLKD[:rows].transpose(1, 2),
+        values_RLKD[:rows].transpose(1, 2),
+        attn_mask=mask,
         scale=scale,
     )
-    return output.reshape(rows, heads * size)
+    return output.reshape(query_NHD.shape)
 
 
 def decode_mask(lengths_N: Tensor, longest: int, window: int | None, dtype: torch.dtype) -> Tensor:
@@ -101,8 +114,12 @@ def decode_mask(lengths_N: Tensor, longest: int, window: int | None, dtype: torc
     places = torch.arange(longest, device=lengths_N.device)
     ends = lengths_N[:, None]
     is_seen = places < ends if window is None else (places < ends) & (places >= ends - window)
-    mask = torch.zeros(is_seen.shape, dtype=dtype, device=is_seen.device).masked_fill_(~is_seen, -torch.inf)
-    return mask[:, None, None, :]
+    return additive(is_seen, dtype)[:, None, None, :]
+
+
+def additive(is_seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask that is added to scores: 0 where something is seen."""
+    return torch.zeros(is_seen.shape, dtype=dtype, device=is_seen.device).masked_fill_(~is_seen, -torch.inf)
 
 
 def gated(gate_up_NJ: Tensor, delta: Delta | None) -> Tensor:

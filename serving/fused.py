@@ -93,12 +93,11 @@ class FusedDecoder:
         return logits
 
 
-def is_known(model: Any) -> bool:
+def is_known(model: Any, head_size: int) -> bool:
     """Whether FusedDecoder computes what this model does."""
     if type(model).__name__ not in KNOWN or not type(model).__module__.startswith("transformers.models."):
         return False
-    config = model.config
-    if config.hidden_act != "silu" or _head_size(config) not in HEAD_SIZES:
+    if model.config.hidden_act != "silu" or head_size not in HEAD_SIZES:
         return False
     groups = (("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj"))
     return all(
@@ -107,10 +106,6 @@ def is_known(model: Any) -> bool:
         for part, names in zip((layer.self_attn, layer.mlp), groups, strict=True)
         for name in names
     )
-
-
-def _head_size(config: Any) -> int:
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def _window(model: Any, attention: Any) -> int | None:
@@ -150,10 +145,7 @@ class DenseKv(NamedTuple):
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
         """[H, N, D], [K, N, D], [K, N, D] → [N, H, D]; the step's keys and values are stored first."""
-        keys, values = self.kv.keys[layer], self.kv.values[layer]
-        size = key.shape[0] * key.shape[2]
-        keys.view(-1, size).index_copy_(0, self.step.places_N, key.transpose(0, 1).reshape(-1, size))
-        values.view(-1, size).index_copy_(0, self.step.places_N, value.transpose(0, 1).reshape(-1, size))
+        keys, values = self.kv.store(layer, self.step.places_N, key, value)
         rows = query.transpose(0, 1).contiguous()
         seen = self.attend_rows(
             rows, keys, values, self.step.lengths_N, scale=scale, window=window, longest=self.step.longest

@@ -26,7 +26,7 @@ class Made(NamedTuple):
     """What a step says: logits [N, V], and ``sampling.summarise`` of them."""
 
     logits: Tensor
-    summary: Tensor
+    summary: Tensor | None  # None: nobody made one
 
 
 class Replay:
@@ -110,7 +110,7 @@ class DecodeGraphs:
         host[:, count:] = self._empty
         self._inputs[batch].copy_(host, non_blocking=True)
         made = replay()
-        return Made(made.logits[:count], made.summary[:, :count])
+        return Made(made.logits[:count], None if made.summary is None else made.summary[:, :count])
 
     def _replay(self, batch: int, length: int, has_deltas: bool) -> Replay:
         key = batch, length, has_deltas

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from serving.decode_ops import additive, attend_masked, decode_mask
 from serving.scheduler import Copy
 
 ATTENTION = "tiebreak_rows"
@@ -34,6 +35,13 @@ class KvRows:
         shape = (layers, rows, length, heads, head_size)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
+
+    def store(self, layer: int, places_T: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep [K, T, D] each at ``places``, row · L + position; the layer's keys and values, [R, L, K, D]."""
+        size = key.shape[0] * key.shape[2]
+        for kept, new in ((self.keys[layer], key), (self.values[layer], value)):
+            kept.view(-1, size).index_copy_(0, places_T, new.transpose(0, 1).reshape(-1, size))
+        return self.keys[layer], self.values[layer]
 
     def copy(self, copies: list[Copy]) -> None:
         """Carry out row copies in order."""
@@ -76,10 +84,7 @@ class StepKv:
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
         """[H, T, D], [K, T, D], [K, T, D] → [T, H, D]; the step's keys and values are stored first."""
-        keys, values = self.kv.keys[layer], self.kv.values[layer]
-        size = key.shape[0] * key.shape[2]
-        keys.view(-1, size).index_copy_(0, self.places_T, key.transpose(0, 1).reshape(-1, size))
-        values.view(-1, size).index_copy_(0, self.places_T, value.transpose(0, 1).reshape(-1, size))
+        keys, values = self.kv.store(layer, self.places_T, key, value)
         query = query.transpose(0, 1)  # [T, H, D]
         if not self.prompts and isinstance(self.decode_at, slice):
             return self._decode(query, keys, values, scale, window)
@@ -96,28 +101,17 @@ class StepKv:
         return output
 
     def _decode(self, query: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None) -> Tensor:
-        """One query token per row: the query heads that share keys stand in for query positions."""
-        rows, longest = self.decoding, max(self.lengths)
-        heads, size = keys.shape[2:]
-        grouped = query.reshape(rows, heads, -1, size)  # [N, K, G, D]
-        output = scaled_dot_product_attention(
-            grouped,
-            keys[:rows, :longest].transpose(1, 2),
-            values[:rows, :longest].transpose(1, 2),
-            attn_mask=self._decode_mask(longest, window, query),
-            scale=scale,
-        )
-        return output.reshape(query.shape)
+        """One query token per row."""
+        longest = max(self.lengths)
+        mask = self._decode_mask(longest, window, query)
+        return attend_masked(query, keys[:, :longest], values[:, :longest], mask, scale)
 
     def _decode_mask(self, longest: int, window: int | None, like: Tensor) -> Tensor | None:
         """[N, 1, 1, L] additive; None when every row is exactly as long as the view."""
         if ("decode", window) not in self.masks:
             mask = None
             if min(self.lengths) < longest or (window is not None and longest > window):
-                places = torch.arange(longest, device=like.device)
-                ends = torch.tensor(self.lengths, device=like.device)[:, None]
-                is_seen = places < ends if window is None else (places < ends) & (places >= ends - window)
-                mask = _additive(is_seen, like.dtype)[:, None, None, :]
+                mask = decode_mask(torch.tensor(self.lengths, device=like.device), longest, window, like.dtype)
             self.masks["decode", window] = mask
         return self.masks["decode", window]
 
@@ -142,7 +136,7 @@ class StepKv:
             places = torch.arange(prompt.stop, device=like.device)
             ends = torch.arange(prompt.start, prompt.stop, device=like.device)[:, None]
             is_seen = places <= ends if window is None else (places <= ends) & (places > ends - window)
-            self.masks[prompt, window] = _additive(is_seen, like.dtype).repeat(groups, 1)
+            self.masks[prompt, window] = additive(is_seen, like.dtype).repeat(groups, 1)
         mask = self.masks[prompt, window]
         assert mask is not None
         return mask
@@ -162,10 +156,6 @@ def causal_stretches(query_THD: Tensor, key_TKD: Tensor, value_TKD: Tensor, fres
         read = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
         stretches.append(read[0].transpose(0, 1))
     return torch.cat(stretches)
-
-
-def _additive(is_seen: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.zeros(is_seen.shape, dtype=dtype, device=is_seen.device).masked_fill_(~is_seen, -torch.inf)
 
 
 def _attention(

@@ -31,6 +31,13 @@ class Segment(NamedTuple):
     stop: int
 
 
+class EachToken(NamedTuple):
+    """The version of each token, and what computes its delta."""
+
+    slots_T: Tensor
+    ops: DecodeOps
+
+
 class ShapeMismatch(ValueError):
     """An adapter's tensors do not fit the base model they are meant for."""
 
@@ -66,24 +73,22 @@ class FusedLinear:
 
     def compute(self, x: Tensor) -> Tensor:
         """The outputs of all members, side by side."""
-        y, stack = self._multiply(x), self._stack
-        if stack.slots_T is not None and stack.ops is not None:
-            stack.ops.add_deltas(y.view(-1, y.shape[-1]), self._delta(x, stack.slots_T, stack.ops))
-        elif stack.segments:
+        y, each = self._multiply(x), self._stack.each_token
+        if each is not None:
+            each.ops.add_deltas(y.view(-1, y.shape[-1]), self._delta(x, each))
+        elif self._stack.segments:
             self._add_deltas(x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1]))
         return y
 
     def compute_apart(self, x_TI: Tensor) -> tuple[Tensor, Delta | None]:
         """The base's outputs of all members, and what the adapters of a step that is replayed add to them."""
-        y, stack = self._multiply(x_TI), self._stack
-        if stack.slots_T is None or stack.ops is None:
-            return y, None
-        return y, self._delta(x_TI, stack.slots_T, stack.ops)
+        each = self._stack.each_token
+        return self._multiply(x_TI), None if each is None else self._delta(x_TI, each)
 
-    def _delta(self, x: Tensor, slots_T: Tensor, ops: DecodeOps) -> Delta:
+    def _delta(self, x: Tensor, each: EachToken) -> Delta:
         ranks_S = self._stack.ranks_S
-        low = ops.shrink(x.reshape(-1, x.shape[-1]), self.a, slots_T, ranks_S, len(self.sizes))
-        return Delta(low, self.b, slots_T, ranks_S, self.sizes)
+        low = each.ops.shrink(x.reshape(-1, x.shape[-1]), self.a, each.slots_T, ranks_S, len(self.sizes))
+        return Delta(low, self.b, each.slots_T, ranks_S, self.sizes)
 
     def _add_deltas(self, x_TI: Tensor, y_TO: Tensor) -> None:
         if x_TI.dtype != self.a.dtype:
@@ -139,8 +144,7 @@ class LoraStack:
         self.ranks = [0] * (slots + 1)
         self.ranks_S = torch.zeros(slots + 1, dtype=torch.int32, device=next(model.parameters()).device)
         self.segments: list[Segment] = []
-        self.slots_T: Tensor | None = None
-        self.ops: DecodeOps | None = None
+        self.each_token: EachToken | None = None
         self.targets: dict[str, tuple[FusedLinear, int]] = {}
         for name in [name for name, _ in model.named_modules()]:  # by name: what is fused can go, one group at a time
             self._fuse_children(name, model.get_submodule(name), keep=model.get_output_embeddings())  # type: ignore[operator]
@@ -168,11 +172,11 @@ class LoraStack:
     @contextmanager
     def per_token(self, slots_T: Tensor | None, ops: DecodeOps) -> Iterator[None]:
         """Inside, each token is of the version in its slot; None: all are the base's."""
-        self.segments, self.slots_T, self.ops = [], slots_T, ops
+        self.segments, self.each_token = [], None if slots_T is None else EachToken(slots_T, ops)
         try:
             yield
         finally:
-            self.slots_T = None
+            self.each_token = None
 
     def write(self, slot: int, tensors: Mapping[str, Tensor], *, rank: int, scaling: float) -> None:
         """Fill a slot that no request uses from ``<module>.lora_{A,B}.weight``; raises ShapeMismatch.

@@ -20,7 +20,7 @@ from serving import decode_ops
 from serving.decode_ops import DecodeOps
 from serving.errors import UnsupportedModel
 from serving.fused import FusedDecoder, ModelDecoder, is_known
-from serving.graphs import DecodeGraphs
+from serving.graphs import DecodeGraphs, Made
 from serving.kv import ATTENTION, Fresh, KvRows, Prompt, StepKv
 from serving.lora import LoraStack
 from serving.product import pack_head
@@ -71,7 +71,7 @@ class Runner:
             device=device,
         )
         self._graphs: DecodeGraphs | None = None
-        self._summary: Tensor | None = None
+        self._failures: tuple[type[Exception], ...] = ()  # of its decoder
         self._reads_fresh = self._is_cuda and dtype != torch.float32
         try:
             self._check()
@@ -89,34 +89,43 @@ class Runner:
         scratch = (self.kv.keys.shape[1] - 1) * self.max_context
         for kind, ops in self._ways():
             decoder = kind(self.model, self.kv, self.lora, ops)
-            self._graphs = DecodeGraphs(
+            graphs = DecodeGraphs(
                 decoder, max_batch=max_batch, max_context=self.max_context, scratch=scratch, device=self.device
             )
+            failures: tuple[type[Exception], ...] = (UnsupportedModel, *ops.FAILURES)
             extra = {"action": "decoding_replayed", "decoder": kind.__name__, "ops": getattr(ops, "__name__", "")}
             try:
-                self._check()
+                self._check(graphs)
                 with torch.inference_mode():
-                    self._graphs.prepare()
-            except Exception:  # of a compiler or a capture; what cannot be replayed is launched
+                    graphs.prepare()
+            except failures:  # of a compiler or a capture; what is not replayed is launched
                 log.warning("decoding cannot be replayed", exc_info=True, extra=extra | {"action": "decoding_launched"})
-                self._graphs = None
             else:
+                self._graphs, self._failures = graphs, ops.FAILURES
                 log.info("decoding is replayed", extra=extra)
                 return
 
     def _ways(self) -> list[tuple[type[FusedDecoder] | type[ModelDecoder], DecodeOps]]:
         """How a step of fixed shapes can be computed, the quickest first."""
-        fused: list[type[FusedDecoder]] = [FusedDecoder] if is_known(self.model) else []
+        fused: list[type[FusedDecoder]] = [FusedDecoder] if is_known(self.model, self.kv.keys.shape[-1]) else []
         if not self._is_cuda:
             return [(kind, decode_ops) for kind in (*fused, ModelDecoder)]
         from serving import decode_kernels  # needs Triton, which PyTorch brings where it is for CUDA
 
         return [*((kind, decode_kernels) for kind in (*fused, ModelDecoder)), (ModelDecoder, decode_ops)]
 
-    @property
-    def summary(self) -> Tensor | None:
-        """``sampling.summarise`` of the last step's logits, where the step computed it."""
-        return self._summary
+    @torch.inference_mode()
+    def step(self, plan: Plan) -> Made:
+        """As ``run``, by replaying where that is possible; with their summary where the step computes it."""
+        if self._graphs is not None and plan.decoding == len(plan.work):
+            self.kv.copy(plan.copies)
+            plan = plan._replace(copies=[])
+            try:
+                return self._graphs.run(plan)
+            except self._failures:  # of a graph that is made now, for longer rows: its steps are launched instead
+                log.warning("decoding cannot be replayed", exc_info=True, extra={"action": "decoding_launched"})
+                self._graphs = None
+        return Made(self.run(plan), None)
 
     @torch.inference_mode()
     def run(self, plan: Plan, *, keep: int = 1) -> Tensor:
@@ -125,16 +134,6 @@ class Runner:
         ``keep``: of how many of its last tokens.
         """
         self.kv.copy(plan.copies)
-        self._summary = None
-        if self._graphs is not None and plan.decoding == len(plan.work):
-            try:
-                made = self._graphs.run(plan)
-            except RuntimeError:  # of a graph that is made now, for longer rows: its steps are launched instead
-                log.warning("decoding cannot be replayed", exc_info=True, extra={"action": "decoding_launched"})
-                self._graphs = None
-            else:
-                self._summary = made.summary
-                return made.logits
         # sorted by slot, each version's tokens lie together; attention finds its rows by index
         order = sorted(range(len(plan.work)), key=lambda i: plan.work[i].sequence.slot)
         tokens: list[int] = []
@@ -199,14 +198,18 @@ class Runner:
         logits: Tensor = self.model(input_ids=self._tensor(self._checked_prompt())[None], use_cache=False).logits
         return logits[0, -1].float()
 
-    def _check(self) -> None:
-        """Read a prompt in two stretches, then one token: the same logits as transformers, within rounding."""
+    @torch.inference_mode()
+    def _check(self, graphs: DecodeGraphs | None = None) -> None:
+        """Read a prompt in two stretches, then one token: the same logits as transformers, within rounding.
+
+        By ``graphs``, where they are given. Raises UnsupportedModel.
+        """
         sequence = Sequence("check", 0, self._checked_prompt(), CHECKED_TOKENS, row=0)
         half, last = CHECKED_TOKENS // 2, CHECKED_TOKENS - 1
         self.run(Plan([], [Work(sequence, 0, half, True)], 0))
         self.run(Plan([], [Work(sequence, half, last, True)], 0))
-        expected = self._expected
-        logits = self.run(Plan([], [Work(sequence, last, last + 1, True)], 1))[0].float()
+        expected, plan = self._expected, Plan([], [Work(sequence, last, last + 1, True)], 1)
+        logits = (graphs.run(plan).logits if graphs else self.run(plan))[0].float()
         error = float((logits - expected).abs().max() / expected.abs().max().clamp_min(1e-6))
         is_exact = self.kv.keys.dtype == torch.float32 and self.lora.many_dtype is None
         if not error < (1e-3 if is_exact else 0.1):

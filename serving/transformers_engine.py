@@ -278,7 +278,7 @@ class TransformersEngine:
             self._deliver(unwanted)
 
     def _step(self, plan: Plan) -> None:
-        logits = self._runner.run(plan)
+        logits, summary = self._runner.step(plan)
         self._tell()  # the last step's, while the device computes this one
         self._runner.kv.copy(self._scheduler.advance(plan))
         sampled_from, completions = [], []
@@ -287,7 +287,6 @@ class TransformersEngine:
             completions += family
             sampled_from += [row] * len(family)
         with torch.inference_mode():
-            summary = self._runner.summary
             if len(completions) > logits.shape[0]:
                 logits, summary = logits[torch.tensor(sampled_from, device=logits.device)], None
             sampled = sample(logits, [completion.rule for completion in completions], summary)
@@ -297,10 +296,9 @@ class TransformersEngine:
         for version, count in Counter(completion.sequence.version for completion in completions).items():
             TOKENS.labels(self._base, version).inc(count)
         if not self._runner.is_apart:
-            for completion in completions:
-                completion.tell()
+            self._tell()
         self._retire()
-        if not (self._runner.is_apart and self._running):
+        if not self._running:
             self._tell()
 
     def _tell(self) -> None:

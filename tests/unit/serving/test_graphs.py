@@ -9,9 +9,10 @@ import pytest
 import torch
 from transformers import MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from serving import decode_ops
 from serving.fused import FusedDecoder, ModelDecoder, is_known
 from serving.runner import Runner
-from serving.scheduler import Plan, Sequence, Work
+from serving.scheduler import Copy, Plan, Sequence, Work
 from tests.unit.serving.kit import adapter_tensors
 
 CONTEXT, BATCH = 64, 6
@@ -63,7 +64,7 @@ def model(request: pytest.FixtureRequest, tiny_model: Path, tmp_path: Path) -> P
 
 
 def test_only_shapes_that_are_fused_are_known(model: Path) -> None:
-    assert is_known(runner_of(model).model) == (runner_of(model).model.config.model_type != "qwen3")
+    assert is_known(runner_of(model).model, 16) == (runner_of(model).model.config.model_type != "qwen3")
 
 
 @pytest.mark.parametrize("slots", [(0,), (2,), (0, 0, 0), (1, 0, 2, 1, 2), (0, 1, 2, 0, 1, 2)])
@@ -73,9 +74,9 @@ def test_a_replayed_step_says_what_a_step_says(model: Path, slots: tuple[int, ..
     expected = runner.run(decoded(sequences))
     runner.replay_decoding(BATCH)
     sequences = read_prompts(runner, slots)
-    assert torch.allclose(runner.run(decoded(sequences)), expected, atol=1e-4)
-    assert runner.summary is not None
-    assert runner.summary[0].tolist() == expected.argmax(dim=-1).tolist()
+    made = runner.step(decoded(sequences))
+    assert torch.allclose(made.logits, expected, atol=1e-4)
+    assert made.summary is not None and made.summary[0].tolist() == expected.argmax(dim=-1).tolist()
 
 
 @pytest.mark.parametrize("decoder", [FusedDecoder, ModelDecoder])
@@ -83,8 +84,8 @@ def test_each_way_to_compute_a_step_passes_the_check(tiny_model: Path, decoder: 
     runner = runner_of(tiny_model)
     runner.replay_decoding(BATCH)
     assert isinstance(runner._graphs._decoder, FusedDecoder)  # type: ignore[union-attr]
-    runner._graphs._decoder = decoder(runner.model, runner.kv, runner.lora, runner._graphs._decoder._ops)  # type: ignore[union-attr]
-    runner._check()
+    runner._graphs._decoder = decoder(runner.model, runner.kv, runner.lora, decode_ops)  # type: ignore[union-attr]
+    runner._check(runner._graphs)
 
 
 def test_lanes_without_a_sequence_change_nobodys_memory(tiny_model: Path) -> None:
@@ -92,7 +93,7 @@ def test_lanes_without_a_sequence_change_nobodys_memory(tiny_model: Path) -> Non
     runner.replay_decoding(BATCH)
     sequences = read_prompts(runner, (1, 0, 2, 1, 2, 0))
     before = runner.kv.keys.clone(), runner.kv.values.clone()
-    runner.run(decoded(sequences[:3]))  # a bucket of four
+    runner.step(decoded(sequences[:3]))  # a bucket of four
     for kept, now in zip(before, (runner.kv.keys, runner.kv.values), strict=True):
         changed = (kept != now).flatten(3).any(-1).any(0).nonzero().tolist()  # [row, place]
         assert changed == [[s.row, len(s.tokens) - 1] for s in sequences[:3]] + [[BATCH + 2, 0]]
@@ -102,11 +103,42 @@ def test_a_version_loaded_later_is_seen_by_replays_that_exist(tiny_model: Path) 
     runner = runner_of(tiny_model)
     sequences = read_prompts(runner, (1, 3))
     runner.replay_decoding(BATCH)
-    runner.run(decoded(sequences))
+    runner.step(decoded(sequences))
     runner.lora.write(3, adapter_tensors(tiny_model, 9, 8), rank=8, scaling=1.0)
-    replayed = runner.run(decoded(read_prompts(runner, (1, 3))))
-    runner._graphs = None
+    replayed = runner.step(decoded(read_prompts(runner, (1, 3)))).logits
     assert torch.allclose(replayed, runner.run(decoded(sequences)), atol=1e-4)
+
+
+class Lacking:
+    """A device that has no room for a graph."""
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(decode_ops, name)
+
+    def attend(self, *_: object, **__: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("no room")
+
+
+def test_what_cannot_be_replayed_later_is_computed_all_the_same(tiny_model: Path) -> None:
+    runner = runner_of(tiny_model)
+    runner.replay_decoding(BATCH)
+    plan = decoded(read_prompts(runner, (1, 0, 2)))
+    expected = runner.run(plan)
+    copies = [Copy(0, 4, 3), Copy(1, 0, 3)]  # carried out twice, row 4 would hold what row 1 held
+    runner._graphs._decoder._ops = Lacking()  # type: ignore[union-attr]
+    made = runner.step(plan._replace(copies=copies, work=plan.work[2:], decoding=1))
+    assert runner._graphs is None and made.summary is None
+    rows = runner.kv.keys
+    assert torch.equal(rows[:, 0, :3], rows[:, 1, :3]) and not torch.equal(rows[:, 4, :3], rows[:, 1, :3])
+    assert made.logits.isfinite().all() and expected.isfinite().all()
+
+
+def test_a_way_that_fails_is_not_taken(tiny_model: Path, caplog: pytest.LogCaptureFixture) -> None:
+    runner = runner_of(tiny_model)
+    runner._ways = lambda: [(FusedDecoder, Lacking()), (ModelDecoder, decode_ops)]  # type: ignore[method-assign,list-item]
+    runner.replay_decoding(BATCH)
+    assert isinstance(runner._graphs._decoder, ModelDecoder)  # type: ignore[union-attr]
+    assert "decoding cannot be replayed" in caplog.text
 
 
 @pytest.mark.parametrize("slots", [(0,), (1, 0, 2, 1)])
@@ -128,5 +160,5 @@ def test_a_captured_step_says_what_a_step_says(tiny_model: Path, slots: tuple[in
     expected = runner.run(decoded(read_prompts(runner, slots))).float()
     runner.replay_decoding(BATCH)
     assert runner._graphs is not None
-    found = runner.run(decoded(read_prompts(runner, slots))).float()
+    found = runner.step(decoded(read_prompts(runner, slots))).logits.float()
     assert float((found - expected).abs().max() / expected.abs().max()) < 0.05
