@@ -67,13 +67,11 @@ BEHIND_WAITS = 3.0  # publish_interval_s that a version waits for, at most, whil
 MAX_RETREATS = 2  # to versions that users did not confirm, in a row
 AHEAD_STEPS = 32  # full ones that wait in memory: from there on no more is read than is learned
 RESETTING = frozenset({"rejected", "rolled_back"})
+MEETING = frozenset({"canary", "stable"})  # a version that is forced is never canary
 
 
 class Trainer:
     """One variant's learner between the log and the version store."""
-
-    _is_unsaved = False  # something that the next checkpoint must not wait for a step with
-    _has_erased = False  # since the last checkpoint: older ones know whom
 
     def __init__(
         self,
@@ -101,6 +99,8 @@ class Trainer:
         self._published_at: datetime | None = None  # the last version, or the last try at one
         self._learned_at = now()  # the last step on new verdicts
         self._oldest_drop_at: datetime | None = None
+        self._is_unsaved = False  # something that the next checkpoint must not wait for a step with
+        self._has_erased = False  # since the last checkpoint: older ones know whom
 
         found = checkpoint.load_newest(self._folder)
         self._number, state, tensors = found or (0, self._fresh(), {})
@@ -224,11 +224,11 @@ class Trainer:
                     self._fall_back(sound)
                     if sound == event.stable:  # users have it: what it leads to is counted anew
                         self._lineage = self._lineage.started_anew()
-            case ReleaseChanged() if event.variant == self._config.variant and event.state == "canary":
+            case ReleaseChanged() if event.variant == self._config.variant and event.state in MEETING:
                 if self._lineage.descends_from(event.version):
                     self._lineage = self._lineage.accepted(event.version)
-            case ReleaseChanged() if event.variant == self._config.variant and event.state == "stable":
-                self._anchor_at(event.version)
+                if event.state == "stable":
+                    self._anchor_at(event.version)
 
     def _record(self, event: PreferenceRecorded | FeedbackRecorded) -> None:
         key_id = event.sealed.key_id if event.sealed else ""

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import pytest
@@ -366,7 +366,21 @@ def test_a_parent_whose_descendants_are_refused_again_and_again_is_left_for_stab
     assert not bench.trainer._state().lineage.descends_from(first.version)
 
 
-def test_a_version_that_users_met_makes_up_for_earlier_refusals(bench: Bench) -> None:
+def test_where_stable_is_gone_back_to_what_it_leads_to_is_counted_anew(bench: Bench) -> None:
+    for start in (0, 4, 8):
+        bench.append(*(verdict(n) for n in range(start, start + 4)))
+        bench.turn()
+    versions = [event.version for event in bench.published()]
+    for version, retreats in zip(reversed(versions), (1, 2, 0), strict=True):
+        bench.refuse(version, stable=bench.base)
+        bench.turn()
+        assert bench.trainer._state().lineage.retreats == retreats
+
+
+@pytest.mark.parametrize("state", ["canary", "stable"])
+def test_a_version_that_users_met_makes_up_for_earlier_refusals(
+    bench: Bench, state: Literal["canary", "stable"]
+) -> None:
     for start in (0, 4, 8):
         bench.append(*(verdict(n) for n in range(start, start + 4)))
         bench.turn()
@@ -375,10 +389,11 @@ def test_a_version_that_users_met_makes_up_for_earlier_refusals(bench: Bench) ->
     bench.turn()
     assert bench.trainer._state().lineage.retreats == 1
     bench.append(
-        ReleaseChanged(variant="chat-main", version=first.version, state="canary", stable=bench.base, reason="test")
+        ReleaseChanged(variant="chat-main", version=first.version, state=state, stable=bench.base, reason="test")
     )
     bench.turn()
-    assert bench.trainer._state().lineage.retreats == 0
+    lineage = bench.trainer._state().lineage
+    assert lineage.retreats == 0 and [each.version for each in lineage.ancestors if each.is_met] == [first.version]
 
 
 def test_what_refused_weights_had_learned_is_learned_again(
@@ -600,6 +615,20 @@ def test_while_the_safety_scorer_fails_verdicts_are_learned_and_no_version_is_pu
     assert all(torch.equal(tensor, weights[name]) for name, tensor in bench.policy.tensors().items())
     found = version.metrics
     assert (found["safety"], found["base_safety"], found["safety_unscored_ratio"]) == (1.0, 1.0, 0.0)
+
+
+def test_weights_that_were_shrunk_for_an_exam_without_a_result_are_those_after_a_restart(
+    telemetry_config: TelemetryConfig, tiny_model: Path, away: list[bool]
+) -> None:
+    config = msgspec.structs.replace(SCORED, max_perplexity_ratio=1e-6, publish_interval_s=3600.0)  # always too far
+    bench = Bench(telemetry_config, tiny_model, config)
+    away.append(True)
+    bench.append(*(verdict(n) for n in range(4)))
+    bench.turn(3)
+    weights = bench.policy.tensors()
+    bench.start()
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in bench.policy.tensors().items())
+    assert any(tensor.any() for name, tensor in weights.items() if "lora_B" in name)
 
 
 def test_where_any_loss_of_safety_is_allowed_a_manifest_says_that_nobody_scored_it(

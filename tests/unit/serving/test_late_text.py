@@ -17,12 +17,17 @@ from tests.unit.serving.kit import Reference, answer, ids_of, last_of, request, 
 OPTIONS = BaseConfig(dtype="float32", threads=1, max_context=256, slots=2, chunk_tokens=8, idle_chunk_tokens=16)
 
 
-@pytest.fixture
-async def engine(tiny_model: Path) -> AsyncIterator[TransformersEngine]:
-    engine = TransformersEngine(tiny_model, base_digest(tiny_model), "tiny", OPTIONS, OutputFilter(()))
+async def started(model: Path) -> TransformersEngine:
+    engine = TransformersEngine(model, base_digest(model), "tiny", OPTIONS, OutputFilter(()))
     await engine.start()
     engine._runner.is_apart = True
     engine._runner.replay_decoding(OPTIONS.max_batch)
+    return engine
+
+
+@pytest.fixture
+async def engine(tiny_model: Path) -> AsyncIterator[TransformersEngine]:
+    engine = await started(tiny_model)
     yield engine
     assert engine.is_healthy()
     assert engine.status().in_flight == {}
@@ -57,3 +62,24 @@ async def test_cancelling_lets_go_once(engine: TransformersEngine) -> None:
         if not engine.status().in_flight:
             break
         await asyncio.sleep(0.01)
+
+
+async def test_where_one_text_cannot_be_made_nobody_is_left_waiting(tiny_model: Path) -> None:
+    engine = await started(tiny_model)
+    version = engine.base_version
+    tokens_of = engine._prompts.decode
+
+    def decode(ids: list[int]) -> str:
+        if engine.status().running == 1 and not failed:  # the shorter answer is over, and untold as the longer one's
+            failed.append(True)
+            raise ValueError("no text")
+        return tokens_of(ids)
+
+    failed: list[bool] = []
+    engine._prompts.decode = decode  # type: ignore[method-assign]
+    asked = [request(version, "same", max_tokens=6), request(version, "same", max_tokens=7)]
+    answers = await asyncio.wait_for(asyncio.gather(*(answer(engine, one) for one in asked)), 30)
+    assert failed and not engine.is_healthy()
+    assert [last_of(chunks).finish_reason in ("error", "length") for chunks in answers] == [True, True]
+    assert engine.status().in_flight == {}
+    await engine.close()
