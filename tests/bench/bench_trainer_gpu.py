@@ -15,7 +15,6 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -31,11 +30,10 @@ from online_trainer.batches import PairTokens
 from online_trainer.config import TARGETS
 from online_trainer.policy import Policy
 from tests.bench import record
-from tests.bench.bench_trainer import ALPHA, NO_TOKENIZER, RANK, Ours, Theirs, computed, pairs_of, seconds
-from tests.bench.gpu_models import MODELS
+from tests.bench.bench_trainer import ALPHA, NO_TOKENIZER, RANK, SHAPES, Ours, Theirs, computed, pairs_of, seconds
+from tests.bench.gpu_models import MODELS, device, freed, is_gpu
 
 PEAK: Final = 989e12  # dense bfloat16 operations a second of an H100's or H200's datasheet
-SHAPES: Final = {"512:64": (512, 64), "128:64": (128, 64), "64:128": (64, 128)}
 KERNELS = 20  # shown of a profile
 PAIRS, ROUNDS = 32, 3
 FULL: Final = 3  # times as many pairs, to see how busy the GPU can be kept
@@ -57,14 +55,10 @@ class Setting(NamedTuple):
 Side = Ours | Theirs
 
 
-def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def new_model(name: str) -> nn.Module:
     torch.manual_seed(0)
     with torch.device(device()):
-        dtype = torch.bfloat16 if device().type == "cuda" else torch.float32
+        dtype = torch.bfloat16 if is_gpu() else torch.float32
         model: nn.Module = AutoModelForCausalLM.from_config(MODELS[name], dtype=dtype)
     return model
 
@@ -87,14 +81,6 @@ def their_side(base: nn.Module, setting: Setting) -> Theirs:
     )  # fmt: skip
 
 
-@contextmanager
-def freed() -> Iterator[None]:
-    """What is made inside is gone afterwards."""
-    yield
-    gc.collect()
-    torch.cuda.empty_cache()
-
-
 def best(
     what: str, build: Callable[[Setting], Side], settings: Sequence[Setting], pairs: Sequence[PairTokens]
 ) -> Setting:
@@ -109,7 +95,7 @@ def best(
                 warm = time.perf_counter() - started
                 tried.append((min(seconds(partial(side.step, pairs)) for _ in range(2)), setting))
                 print(f"# {what} {setting}: {tried[-1][0]:.3f} s, warm after {warm:.1f} s", flush=True)
-            except Exception as error:  # noqa: BLE001  # out of memory, or a compiler that gave up
+            except Exception as error:  # noqa: BLE001  # out of memory, or what is not installed
                 print(f"# {what} {setting}: {type(error).__name__}: {str(error)[:300]}", flush=True)
             side = None  # type: ignore[assignment]
     return min(tried)[1]
@@ -137,7 +123,7 @@ def operations(model: nn.Module, pairs: Sequence[PairTokens]) -> float:
 
 def ceiling() -> float:
     """Operations a second of one large bfloat16 product."""
-    size = 8192 if device().type == "cuda" else 256
+    size = 8192 if is_gpu() else 256
     a, b = (torch.randn(size, size, device=device(), dtype=torch.bfloat16) for _ in range(2))
     a @ b
     return 2 * size**3 / median(seconds(lambda: a @ b) for _ in range(10))
@@ -210,7 +196,7 @@ def operations_a_second(ours: Ours, pairs: Sequence[PairTokens], rounds: int) ->
 
 def print_kernels(ours: Ours, pairs: Sequence[PairTokens]) -> None:
     """Where a step's time goes."""
-    if device().type != "cuda":
+    if not is_gpu():
         return
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
         took = seconds(partial(ours.step, pairs))
@@ -288,7 +274,7 @@ def main() -> None:
     parser.add_argument("--model", action="append", choices=list(MODELS), help="default: both that are not tiny")
     parser.add_argument("--short", action="store_true", help="one round and few settings: whether it runs")
     options = parser.parse_args()
-    if device().type == "cpu" and options.model != ["tiny"]:
+    if not is_gpu() and options.model != ["tiny"]:
         parser.error("no CUDA device here; --model tiny --short tries the script on a processor")
     batches, budgets = ((2,), (1024,)) if options.short else ((4, 8), (16_384, 32_768))
     settings = {

@@ -1,9 +1,16 @@
-"""Shapes of models whose weights are made up: a step takes as long whatever they are, and nothing is downloaded."""
+"""What both GPU benches need: the device, and shapes of models whose weights are made up.
+
+A step takes as long whatever they are, and nothing is downloaded.
+"""
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Final
 
+import torch
 from transformers import LlamaConfig, Qwen2Config
 
 MODELS: Final[dict[str, Any]] = {
@@ -21,3 +28,20 @@ MODELS: Final[dict[str, Any]] = {
         vocab_size=41_000, tie_word_embeddings=True, max_position_embeddings=4096,
     ),
 }  # fmt: skip
+
+
+def is_gpu() -> bool:
+    return torch.cuda.is_available()
+
+
+def device() -> str:
+    return "cuda" if is_gpu() else "cpu"
+
+
+@contextmanager
+def freed() -> Iterator[None]:
+    """What is made inside is gone afterwards."""
+    yield
+    gc.collect()
+    if is_gpu():
+        torch.cuda.empty_cache()
