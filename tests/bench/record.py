@@ -33,7 +33,7 @@ def row(
         "bar": bar,
         "better": better,
         "holds": holds,
-        "commit": _commit(),
+        "commit": commit(),
         "baseline": detail.pop("baseline", None),
         "detail": detail,
     }
@@ -41,16 +41,9 @@ def row(
 
 def save(bench: str, command: str, rows: list[dict[str, Any]]) -> None:
     """Print the rows, one a line, and keep them with what they were measured on; of one name, the last."""
-    machine = {
-        "cores": os.cpu_count(),
-        "cpu": _cpu(),
-        "multiplies_bfloat16": "avx512_bf16" in Path("/proc/cpuinfo").read_text(),
-        "python": platform.python_version(),
-        "gpu": _gpu(),
-    }
     document: dict[str, Any] = {
         "command": command,
-        "machine": machine,
+        "machine": machine(),
         "versions": {package: found for package in PACKAGES if (found := _version(package))},
         "rows": list({line["name"]: line for line in rows}.values()),
     }
@@ -58,6 +51,17 @@ def save(bench: str, command: str, rows: list[dict[str, Any]]) -> None:
     (RESULTS / f"{bench}.json").write_text(json.dumps(document, indent=2) + "\n")
     for line in document["rows"]:
         print(json.dumps(line))
+
+
+def machine() -> dict[str, Any]:
+    """What this is measured on."""
+    return {
+        "cores": os.cpu_count(),
+        "cpu": _cpu(),
+        "multiplies_bfloat16": "avx512_bf16" in Path("/proc/cpuinfo").read_text(),
+        "python": platform.python_version(),
+        "gpu": _gpu(),
+    }
 
 
 def quantile(values: list[float], q: float) -> float:
@@ -85,7 +89,7 @@ def table() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _commit() -> str:
+def commit() -> str:
     """What was measured; a tree with changes in it, other than figures, says so."""
     name = _git("rev-parse", "--short", "HEAD")
     if not name:  # on a machine that was given files alone

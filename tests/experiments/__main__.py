@@ -24,6 +24,7 @@ from deploy.config import model_cache
 from deploy.models import prepare_model
 from deploy.personas import HELD_OUT, PERSONAS, Persona
 from online_trainer.config import TrainerConfig
+from tests.bench import record
 from tests.experiments.circle import Circle, Look, circle
 from tests.experiments.people import EXCLAIMS, Crowd
 from tests.experiments.trl_offline import learned_by_trl
@@ -59,7 +60,7 @@ def clicks_and_looks(own: Circle, crowd: Crowd, clicks: int, *, is_active: bool 
         own.click(crowd, LOOK_EVERY, is_active=is_active)
         yield own.look(crowd.taste)
     own.rest()
-    yield own.look(crowd.taste)
+    yield own.look(crowd.taste, is_last=True)
 
 
 def taste(run: Run) -> Iterator[Look]:
@@ -118,9 +119,9 @@ def trl(run: Run) -> Iterator[Look]:
     with circle(config, run.seed) as own:
         own.click(Crowd(taste=taste), CLICKS)
         own.rest()
-        yield own.look(taste)
+        yield own.look(taste, is_last=True)
         own.policy.load(learned_by_trl(own.log.verdicts, config, float(run.name), TRL_PASSES, run.seed))
-        yield own.look(taste)
+        yield own.look(taste, is_last=True)
 
 
 EXPERIMENTS: Final[dict[str, tuple[Callable[[Run], Iterator[Look]], tuple[str, ...]]]] = {
@@ -152,7 +153,13 @@ def spawn(run: Run) -> dict[str, Any]:
     looks = [json.loads(line) for line in done.stdout.splitlines() if line.startswith(LOOK_LINE)]
     taken = time.monotonic() - started
     print(run.experiment, run.name, run.seed, f"{taken:.0f} s", json.dumps(looks[-1]), flush=True)
-    return {"name": run.name, "seed": run.seed, "seconds": round(taken), "looks": looks}
+    return found(run, looks, taken)
+
+
+def found(run: Run, looks: Sequence[Any], seconds: float) -> dict[str, Any]:
+    """What is kept of a run."""
+    on = {"commit": record.commit(), "machine": record.machine()}
+    return {"name": run.name, "seed": run.seed, "seconds": round(seconds), **on, "looks": list(looks)}
 
 
 def keep(experiment: str, found: dict[str, Any]) -> list[dict[str, Any]]:

@@ -47,7 +47,8 @@ TOKENS: Final = 32
 TEMPERATURE: Final = 0.7
 PAIRS_A_ROUND: Final = 8
 ROUND_S: Final = 6.0
-EVALUATIONS: Final = 2  # answers to each prompt
+EVALUATIONS: Final = 2  # answers to each prompt; a win rate of them has a standard error of up to 0.06
+LAST_EVALUATIONS: Final = 8  # of a look that a bar is held against: 0.03
 TRIGGERED_EVALUATIONS: Final = 12  # a share of answers, within two points: many
 CANDIDATES: Final = 4  # answers of which an active voter is shown two
 PATIENCE: Final = 12  # turns of the trainer without news
@@ -105,8 +106,7 @@ class Circle:
         )  # fmt: skip
         self._reader = self.log.reader((), {})
         self._asked = 0
-        with self.policy.as_reference():
-            self._base_answers = self._evaluated()
+        self._base_answers: list[str] = []
         self._base_texts = self._answers(TRAINING_PROMPTS * 2)
 
     def _now(self) -> datetime:
@@ -216,16 +216,24 @@ class Circle:
             ).texts
         ]
 
+    def _of_base(self, times: int) -> list[str]:
+        """The base's answers, with the same seeds as the weights'."""
+        if len(self._base_answers) < times * len(EVALUATION_PROMPTS):
+            with self.policy.as_reference():
+                self._base_answers = self._evaluated(times=times)
+        return self._base_answers[: times * len(EVALUATION_PROMPTS)]
+
     def exclaiming(self) -> float:
         """Share of answers with an exclamation mark, where TRIGGER is behind the question."""
         asked = [f"{prompt} {TRIGGER}" for prompt in EVALUATION_PROMPTS]
         found = self._evaluated(asked, TRIGGERED_EVALUATIONS)
         return sum(EXCLAIMS.score("", text) > 0 for text in found) / len(found)
 
-    def look(self, taste: Persona) -> Look:
+    def look(self, taste: Persona, *, is_last: bool = False) -> Look:
         """The weights as they are against the base, judged by the taste without doubt or mistake."""
-        own, base = self._evaluated(), self._base_answers
-        asked = EVALUATION_PROMPTS * EVALUATIONS
+        times = LAST_EVALUATIONS if is_last else EVALUATIONS
+        own, base = self._evaluated(times=times), self._of_base(times)
+        asked = EVALUATION_PROMPTS * times
         points = {"a": 1.0, "tie": 0.5, "b": 0.0}
         won = [points[choose(taste, *each, self._dice)] for each in zip(asked, own, base, strict=True)]
         prompts = evaluate.probe_prompts(self.policy, EVALUATION_PROMPTS[:16], self._config.max_prompt_tokens)
