@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from functools import lru_cache
 from typing import Any, Final
 from urllib.parse import urlsplit
 
@@ -159,7 +160,16 @@ class Edge:
 def _is_local(headers: Headers) -> bool:
     origin = headers.get("origin")
     hosts = [headers.get("host", ""), *([origin.partition("://")[2]] if origin else [])]
-    return all(is_loopback(urlsplit(f"//{host}").hostname or "") for host in hosts)
+    return all(map(_is_local_host, hosts))
+
+
+@lru_cache(maxsize=256)
+def _is_local_host(host: str) -> bool:
+    """Of a host with or without a port; asked of every request, and nearly always of the same."""
+    try:
+        return is_loopback(urlsplit(f"//{host}").hostname or "")
+    except ValueError:  # no host at all, such as "[::1"
+        return False
 
 
 def error_response(error: RouterError) -> Response:

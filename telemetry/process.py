@@ -8,8 +8,10 @@ from __future__ import annotations
 import atexit
 import gc
 import os
+import sys
 import tempfile
 from contextlib import suppress
+from importlib.abc import MetaPathFinder
 from pathlib import Path
 
 import msgspec
@@ -34,6 +36,17 @@ def keep_what_is_loaded() -> None:
     gc.collect()
     gc.freeze()
     atexit.register(gc.unfreeze)  # at the end everything is let go as ever
+
+
+def go_without(package: str) -> None:
+    """From here on this process does as if ``package`` were not installed; call it before anything has loaded it."""
+
+    class Refusal(MetaPathFinder):
+        def find_spec(self, fullname: str, path: object, target: object = None) -> None:
+            if fullname.partition(".")[0] == package:
+                raise ModuleNotFoundError(f"this process does without {package}", name=fullname)
+
+    sys.meta_path.insert(0, Refusal())
 
 
 def signing_key(state: Path) -> bytes:

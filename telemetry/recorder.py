@@ -43,7 +43,7 @@ from telemetry.events import (
     encode,
     key_of,
 )
-from telemetry.process import announce_ready, signing_key
+from telemetry.process import announce_ready, go_without, signing_key
 from telemetry.receipts import Receipts
 from telemetry.store import Recorded, Store, StoreContended
 
@@ -243,6 +243,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m telemetry.recorder", description="Event log to preference store.")
     parser.add_argument("--config", type=Path, required=True, help="the deployment's TOML")
     arguments = parser.parse_args()
+    go_without("pandas")  # 60 MB, which pyarrow would load to ask whether a list is a Series
     logs.configure("recorder")
     try:
         serve(read_table(arguments.config, "telemetry", TelemetryConfig))

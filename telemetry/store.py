@@ -18,7 +18,7 @@ from typing import Any, Final
 import msgspec
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.compute as pc  # type: ignore[import-untyped]
-from deltalake import CommitProperties, DeltaTable, Schema, Transaction, write_deltalake
+from deltalake import CommitProperties, DeltaTable, QueryBuilder, Schema, Transaction, write_deltalake
 from deltalake.exceptions import CommitFailedError, DeltaError
 
 from telemetry.audit import START, Head, HeadFile, link
@@ -37,7 +37,7 @@ WINDOW_EVENTS: Final = 100_000  # event_ids remembered per table
 WINDOW: Final = timedelta(days=7)  # and for how long
 COMPACT_EVERY: Final = 200  # commits
 REOPEN_EVERY: Final = 50  # commits
-COMPACT_BYTES: Final = 8 << 20  # files above this are left alone; joining takes some seven times as much memory
+COMPACT_BYTES: Final = 4 << 20  # files above this are left alone; joining takes some seven times as much memory
 KEEP_LOG: Final = "delta.enableExpiredLogCleanup"
 KEEP_OLD_FILES_H: Final = 1  # so long a reader may hold on to a snapshot
 
@@ -60,6 +60,15 @@ def readable(table: str) -> Iterator[None]:
         yield
     except (pa.ArrowInvalid, DeltaError, FileNotFoundError) as error:
         raise StoreDamaged(table, error) from error
+
+
+def answer(table: DeltaTable, query: str) -> pa.RecordBatchReader:
+    """What delta-rs's own SQL engine says about ``table``, called ``t``.
+
+    The recorder reads by it: pyarrow's data sets cost a process 50 MB for their libraries alone, and hold what they
+    sort. Raises DeltaError for what is no query, pyarrow.ArrowInvalid for a file that is damaged or gone.
+    """
+    return pa.RecordBatchReader.from_stream(QueryBuilder().register("t", table).execute(query))
 
 
 class Table:
@@ -101,16 +110,11 @@ class Table:
         return list(new.values())
 
     def events(self, start: Mapping[int, int], *, in_order: bool = False) -> Iterator[tuple[AnyEvent, datetime]]:
-        """(event, recorded_at) of every stored event at or after ``start``; ``in_order`` holds them all in memory."""
-        dataset = self._delta.to_pyarrow_dataset()
-        columns = ["partition", "offset", "event", "recorded_at"]
+        """(event, recorded_at) of every stored event at or after ``start``, a partition's ``in_order`` or in none."""
+        order = 'order by "offset"' if in_order else ""
         for partition in sorted(self.next_offsets()):
-            wanted = (pc.field("partition") == partition) & (pc.field("offset") >= start.get(partition, 0))
-            if in_order:
-                batches = dataset.to_table(columns=columns, filter=wanted).sort_by("offset").to_batches()
-            else:
-                batches = dataset.to_batches(columns=columns, filter=wanted)
-            for batch in batches:
+            wanted = f'"partition" = {partition} and "offset" >= {start.get(partition, 0)}'
+            for batch in answer(self._delta, f"select event, recorded_at from t where {wanted} {order}"):
                 for row in batch.to_pylist():
                     yield decode(row["event"].encode()), row["recorded_at"]
 
@@ -183,11 +187,11 @@ class Table:
 
     def _recent_ids(self) -> list[str]:
         """The newest event_ids, oldest first."""
-        dataset = self._delta.to_pyarrow_dataset()
-        recent = pc.field("recorded_at") >= pa.scalar(utc_now() - WINDOW, pa.timestamp("us", tz="UTC"))
-        rows = dataset.to_table(columns=["event_id", "recorded_at"], filter=recent).sort_by("recorded_at")
-        ids: list[str] = rows.slice(max(0, rows.num_rows - WINDOW_EVENTS)).column("event_id").to_pylist()
-        return ids
+        recent = f"recorded_at >= timestamp '{(utc_now() - WINDOW).isoformat()}'"
+        newest_first = f"order by recorded_at desc limit {WINDOW_EVENTS}"
+        found = answer(self._delta, f"select event_id, recorded_at from t where {recent} {newest_first}").read_all()
+        ids: list[str] = found.column("event_id").to_pylist()
+        return ids[::-1]
 
     def _remember(self, ids: Mapping[str, Recorded]) -> None:
         self._seen.update(dict.fromkeys(ids))
@@ -201,9 +205,8 @@ class AuditTable(Table):
     def __init__(self, root: str, heads: HeadFile | None) -> None:
         super().__init__(root, AUDIT)
         self._heads = heads
-        links = self._delta.to_pyarrow_dataset().to_table(columns=["number", "hash"], use_threads=False)
-        newest = max(links.to_pylist(), key=lambda row: row["number"], default=None)
-        self._end = Head(0, START) if newest is None else Head(newest["number"] + 1, newest["hash"])
+        newest = answer(self._delta, "select number, hash from t order by number desc limit 1").read_all().to_pylist()
+        self._end = Head(newest[0]["number"] + 1, newest[0]["hash"]) if newest else Head(0, START)
 
     def _commit(self, rows: list[dict[str, Any]], reached: Mapping[int, int]) -> None:
         end = link(rows, self._end)

@@ -69,6 +69,13 @@ def taste(run: Run) -> Iterator[Look]:
         yield from clicks_and_looks(own, Crowd(taste=PERSONAS[run.name]), CLICKS)
 
 
+def budget(run: Run) -> Iterator[Look]:
+    """A taste with another ``kl_budget``: how far from the base is worth it."""
+    nats, _, name = run.name.partition(" ")
+    with circle(on_model(replace(DEFAULT, kl_budget=float(nats))), run.seed) as own:
+        yield from clicks_and_looks(own, Crowd(taste=PERSONAS[name]), CLICKS)
+
+
 def slips(run: Run) -> Iterator[Look]:
     """A share of verdicts is flipped: ``20`` with the default loss, ``30 robust`` with the robust one."""
     share, _, kind = run.name.partition(" ")
@@ -126,6 +133,7 @@ def trl(run: Run) -> Iterator[Look]:
 
 EXPERIMENTS: Final[dict[str, tuple[Callable[[Run], Iterator[Look]], tuple[str, ...]]]] = {
     "tastes": (taste, TASTES),
+    "budget": (budget, tuple(f"{nats} {name}" for nats in (0.12, 0.2) for name in TASTES)),
     "slips": (slips, ("20", "30 robust")),
     "hostile": (hostile, ("10",)),
     "reversal": (reversal, ("formal",)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import subprocess
 import sys
 from pathlib import Path
 
@@ -115,3 +116,19 @@ def test_an_exception_is_one_line_too() -> None:
 
     assert "\n" not in text
     assert "ValueError: broken" in json.loads(text)["error"]
+
+
+def test_a_process_goes_without_a_package_as_if_it_were_not_installed() -> None:
+    """pyarrow loads pandas to look at what it is given; the recorder, which says so, does not."""
+    program = (
+        "import sys, pyarrow as pa\n"
+        "from telemetry.process import go_without\n"
+        "if len(sys.argv) > 1: go_without('pandas')\n"
+        "assert pa.Table.from_pylist([{'a': 'x'}]).num_rows == 1\n"
+        "print('pandas' in sys.modules)\n"
+    )
+    said = [
+        subprocess.run([sys.executable, "-c", program, *more], capture_output=True, text=True, check=True).stdout
+        for more in ([], ["without"])
+    ]
+    assert said == ["True\n", "False\n"], "the first is what would be without it"
