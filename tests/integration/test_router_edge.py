@@ -120,6 +120,7 @@ async def test_open_mode_answers_only_this_machines_own_pages(stack: Stack) -> N
     for headers, expected in (
         ({"Host": f"localhost:{port}"}, 200),
         ({"Host": "evil.example"}, 403),
+        ({"Host": "[::1"}, 403),  # no host at all
         ({"Origin": "https://evil.example"}, 403),
         ({"Origin": stack.url}, 200),
     ):
