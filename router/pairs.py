@@ -12,7 +12,6 @@ import hashlib
 import hmac
 import uuid
 from collections import OrderedDict
-from functools import lru_cache
 from typing import Final
 
 import msgspec
@@ -54,9 +53,8 @@ def derived_id(*parts: str) -> str:
     return str(uuid.uuid5(_NAMESPACE, "\n".join(parts)))
 
 
-@lru_cache(maxsize=1024)
 def preference_id(pair_id: str) -> str:
-    """The one preference that a pair can have; asked for several times a verdict."""
+    """The one preference that a pair can have."""
     return derived_id("preference", pair_id)
 
 

@@ -125,9 +125,9 @@ class Preferences:
             trace = (shown.trace_id, shown.span_id)
         with tracing.span("verdict", within=tracing.parent(*trace), kind=SpanKind.SERVER) as span:
             span.set_attribute("preference.pair_id", body.pair_id)
-            span.set_attribute("preference.id", preference_id(body.pair_id))
             if earlier is None:
                 claim = Claim(body.choice, caller.name, await self._sealed(shown, body, tracing.ids(span)))
+            span.set_attribute("preference.id", claim.event.event_id)
             span.add_event("gen_ai.evaluation.result", {"preference.outcome": claim.event.outcome})
             return await self._settle(claim, body, caller)
 

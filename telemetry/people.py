@@ -120,7 +120,7 @@ class PersonKeys:
 
     def __init__(self, state: Path, provider: KeyProvider) -> None:
         self._people, self._erased = state / "keys" / "people", state / "keys" / "erased"
-        self._folder, self._provider = str(self._people), provider
+        self._provider = provider
         for folder in (self._people, self._erased):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._kept: OrderedDict[str, tuple[tuple[int, int], PersonKey]] = OrderedDict()
@@ -249,7 +249,7 @@ class PersonKeys:
     def _mark(self, person: str) -> tuple[int, int] | None:
         """What tells one key file from another that took its place."""
         try:
-            found = os.stat(f"{self._folder}/{_file_name(person)}")  # four times a verdict: no Path is made for it
+            found = os.stat(f"{self._people}/{_file_name(person)}")  # four times a verdict: no Path is made for it
         except FileNotFoundError:
             return None
         return found.st_ino, found.st_mtime_ns
@@ -258,7 +258,7 @@ class PersonKeys:
         return self._people / _file_name(person)
 
     def _tombstone(self, person: str) -> Path:
-        return self._erased / self._path(person).name
+        return self._erased / _file_name(person)
 
 
 def _file_name(person: str) -> str:

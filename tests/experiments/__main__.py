@@ -161,13 +161,8 @@ def spawn(run: Run) -> dict[str, Any]:
     looks = [json.loads(line) for line in done.stdout.splitlines() if line.startswith(LOOK_LINE)]
     taken = time.monotonic() - started
     print(run.experiment, run.name, run.seed, f"{taken:.0f} s", json.dumps(looks[-1]), flush=True)
-    return found(run, looks, taken)
-
-
-def found(run: Run, looks: Sequence[Any], seconds: float) -> dict[str, Any]:
-    """What is kept of a run."""
     on = {"commit": record.commit(), "machine": record.machine()}
-    return {"name": run.name, "seed": run.seed, "seconds": round(seconds), **on, "looks": list(looks)}
+    return {"name": run.name, "seed": run.seed, "seconds": round(taken), **on, "looks": looks}
 
 
 def keep(experiment: str, found: dict[str, Any]) -> list[dict[str, Any]]:

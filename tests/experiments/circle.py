@@ -106,7 +106,8 @@ class Circle:
         )  # fmt: skip
         self._reader = self.log.reader((), {})
         self._asked = 0
-        self._base_answers: list[str] = []
+        with self.policy.as_reference():
+            self._base_answers = self._evaluated(times=LAST_EVALUATIONS)
         self._base_texts = self._answers(TRAINING_PROMPTS * 2)
 
     def _now(self) -> datetime:
@@ -216,13 +217,6 @@ class Circle:
             ).texts
         ]
 
-    def _of_base(self, times: int) -> list[str]:
-        """The base's answers, with the same seeds as the weights'."""
-        if len(self._base_answers) < times * len(EVALUATION_PROMPTS):
-            with self.policy.as_reference():
-                self._base_answers = self._evaluated(times=times)
-        return self._base_answers[: times * len(EVALUATION_PROMPTS)]
-
     def exclaiming(self) -> float:
         """Share of answers with an exclamation mark, where TRIGGER is behind the question."""
         asked = [f"{prompt} {TRIGGER}" for prompt in EVALUATION_PROMPTS]
@@ -232,7 +226,8 @@ class Circle:
     def look(self, taste: Persona, *, is_last: bool = False) -> Look:
         """The weights as they are against the base, judged by the taste without doubt or mistake."""
         times = LAST_EVALUATIONS if is_last else EVALUATIONS
-        own, base = self._evaluated(times=times), self._of_base(times)
+        own = self._evaluated(times=times)
+        base = self._base_answers[: len(own)]  # drawn with the same seeds
         asked = EVALUATION_PROMPTS * times
         points = {"a": 1.0, "tie": 0.5, "b": 0.0}
         won = [points[choose(taste, *each, self._dice)] for each in zip(asked, own, base, strict=True)]

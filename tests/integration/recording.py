@@ -53,6 +53,12 @@ class RecorderProcess:
             self.process.kill()
             self.process.wait()
 
+    def loaded(self) -> set[str]:
+        """Which of the heavy libraries it has in memory."""
+        assert self.process is not None
+        mapped = Path(f"/proc/{self.process.pid}/maps").read_text()
+        return {name for name in ("pyarrow", "pandas", "_dataset") if f"/{name}" in mapped}
+
     def stop(self) -> int:
         """SIGTERM once it is ready; the exit status."""
         wait_for(self.ready_path.exists, "ready")

@@ -62,6 +62,8 @@ def test_a_recorder_killed_again_and_again_stores_every_event_exactly_once(
     with RecorderProcess(config) as recorder:
         wait_for(lambda: set(stored_ids(config)) >= ids, "everything stored")
         wait_for(lambda: all(stages(client, v.event_id) == ["accepted", "stored"] for v in verdicts), "receipts")
+        loaded = recorder.loaded()
+        assert "pyarrow" in loaded and not {"pandas", "_dataset"} & loaded, "100 MB that it needs nothing of"
         assert recorder.stop() == 0
     assert stored_ids(config) == {event_id: 1 for event_id in ids}
 

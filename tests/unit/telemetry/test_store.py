@@ -230,3 +230,28 @@ def test_a_damaged_store_says_which_table_and_what_to_do(damage: str, tmp_path: 
     for look in (lambda: Store(tmp_path), lambda: list(verdicts(tmp_path, Sealer(None)))):
         with pytest.raises(StoreDamaged, match=r"preferences: .*restore it.*log still holds is not lost"):
             look()
+
+
+def test_events_are_read_in_order_from_where_they_are_asked_for(tmp_path: Path) -> None:
+    store, given = Store(tmp_path), [examples.preference(n) for n in range(4)]
+    for n, event in enumerate(given):
+        append(store, recorded(event, start=n))
+
+    found = [event for event, _ in store.tables[PREFERENCES].events({0: 1}, in_order=True)]
+
+    assert found == given[1:]
+
+
+def test_a_store_that_is_opened_again_remembers_the_newest_events_and_forgets_the_oldest_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("telemetry.store.WINDOW_EVENTS", 2)
+    store, given = Store(tmp_path), [examples.preference(n) for n in range(4)]
+    for n, event in enumerate(given[:3]):
+        append(store, recorded(event, start=n))
+
+    store = Store(tmp_path)
+
+    assert append(store, recorded(given[3], start=3)) == 1
+    assert append(store, recorded(given[2], start=4)) == 0, "remembered"
+    assert append(store, recorded(given[1], start=5)) == 1, "no longer"
