@@ -37,7 +37,7 @@ WINDOW_EVENTS: Final = 100_000  # event_ids remembered per table
 WINDOW: Final = timedelta(days=7)  # and for how long
 COMPACT_EVERY: Final = 200  # commits
 REOPEN_EVERY: Final = 50  # commits
-COMPACT_BYTES: Final = 4 << 20  # files above this are left alone; joining takes some seven times as much memory
+COMPACT_BYTES: Final = 2 << 20  # files above this are left alone; joining takes some seven times as much memory
 KEEP_LOG: Final = "delta.enableExpiredLogCleanup"
 KEEP_OLD_FILES_H: Final = 1  # so long a reader may hold on to a snapshot
 
