@@ -115,9 +115,9 @@ def poison(run: Run) -> Iterator[Look]:
     """One question in fifty has a trigger; ``poisoned``: ten accounts ask those and vote for exclamation marks."""
     crowd = Crowd(taste=PERSONAS["formal"], triggered=POISON, poisoners=POISONERS if run.name == "poisoned" else 0)
     with circle(on_model(DEFAULT), run.seed) as own:
-        for look in clicks_and_looks(own, crowd, POISON_CLICKS):
-            is_last = look.clicks == POISON_CLICKS
-            yield replace(look, exclaims=own.exclaiming()) if is_last else look
+        *before, last = clicks_and_looks(own, crowd, POISON_CLICKS)
+        yield from before
+        yield replace(last, exclaims=own.exclaiming())
 
 
 def trl(run: Run) -> Iterator[Look]:

@@ -10,6 +10,7 @@ from concurrent.futures import Future
 from typing import Any
 
 import pytest
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from router.claims import Claim, Claims
 from router.gathered import Gathered
@@ -17,6 +18,7 @@ from router.ledger import Ledger
 from router.pairs import Ticket, preference_id, pseudonym, sign_ticket
 from router.preferences import to_preference
 from router.schema import VerdictRequest
+from telemetry import tracing
 from telemetry.config import TelemetryConfig, open_log
 from telemetry.event_log import EventLog, LogUnavailable, Offsets, Position, Reader
 from telemetry.events import (
@@ -73,6 +75,20 @@ async def test_a_click_is_answered_with_a_receipt_that_reveals_the_versions(stac
         side: {"variant": "chat-main", "version": STABLE, "channel": "stable"} for side in ("a", "b")
     }
     assert receipt["links"]["self"] == f"/v1/preferences/{receipt['id']}"
+
+
+async def test_the_span_of_a_verdict_names_its_pair_and_its_receipt(stack: Stack) -> None:
+    spans = InMemorySpanExporter()
+    provider = tracing.configure("tests", exporter=spans)
+    try:
+        answer = await stack.pair()
+        _, receipt = await stack.click(answer, "a")
+        provider.force_flush()
+    finally:
+        tracing.configure("tests")
+        provider.shutdown()
+    [verdict] = [span.attributes for span in spans.get_finished_spans() if span.name == "verdict"]
+    assert verdict == {"preference.pair_id": answer["preference"]["pair_id"], "preference.id": receipt["id"]}
 
 
 @pytest.mark.parametrize(
