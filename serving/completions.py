@@ -110,6 +110,7 @@ class Completion:
         """Take the next token without making text of it: all that the next step has to wait for."""
         if self.is_over:
             return
+        self.sequence.is_sound = sampled.is_finite
         if not sampled.is_finite:
             self._over = "error", "not_finite"
         elif sampled.token_id in self._prompts.end_ids:

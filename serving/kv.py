@@ -31,7 +31,7 @@ class KvRows:
     def __init__(
         self, *, layers: int, rows: int, length: int, heads: int, head_size: int, dtype: torch.dtype, device: str
     ) -> None:
-        # zeroed, because masked places still enter a sum with weight 0, and 0 · NaN is NaN
+        # zeroed, here and by copy, because masked places still enter a sum with weight 0, and 0 · NaN is NaN
         shape = (layers, rows, length, heads, head_size)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
@@ -45,9 +45,12 @@ class KvRows:
 
     def copy(self, copies: list[Copy]) -> None:
         """Carry out row copies in order."""
-        for source, target, length in copies:
+        for source, target, length, clears in copies:
             for tensor in (self.keys, self.values):
-                tensor[:, target, :length] = tensor[:, source, :length]
+                if target != source:
+                    tensor[:, target, :length] = tensor[:, source, :length]
+                if clears:
+                    tensor[:, source, :length] = 0
 
 
 @dataclass(frozen=True, slots=True)

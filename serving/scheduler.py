@@ -28,6 +28,7 @@ class Sequence:
     cached_tokens: int = 0
     row: int = -1
     is_forked: bool = False  # waits for its leader's prompt
+    is_sound: bool = False  # its last logits were numbers, and so is all that they were computed from
 
     @property
     def is_decoding(self) -> bool:
@@ -35,11 +36,16 @@ class Sequence:
 
 
 class Copy(NamedTuple):
-    """Copy the first ``length`` keys and values of a row into another."""
+    """Copy the first ``length`` keys and values of a row into another.
+
+    ``clears``: the source is cleared then (all that is done where it is the target, too). They may be no numbers, and
+    a shorter sequence may come there.
+    """
 
     source: int
     target: int
     length: int
+    clears: bool = False
 
 
 class Work(NamedTuple):
@@ -149,6 +155,7 @@ class Scheduler:
     def retire(self, finished: set[Sequence]) -> list[Copy]:
         """Take finished sequences out of their rows into the prefix cache, and close the gaps."""
         copies = [copy for s in self.rows if s in finished and (copy := self._keep(s)) is not None]
+        copies += [_move(s, s.row) for s in self.rows if s in finished and not s.is_sound]
         left = [s for s in self.rows if s not in finished]
         decoders = [s for s in left if s.is_decoding]
         holes = iter(sorted(set(range(len(decoders))) - {s.row for s in decoders}))
@@ -172,9 +179,9 @@ class Scheduler:
             sequence.forks = [fork for fork in sequence.forks if fork not in ended]
 
     def _keep(self, sequence: Sequence) -> Copy | None:
-        """Where a finished sequence's keys and values go, or None when they are not worth a row."""
+        """Where a finished sequence's keys and values go, or None: not worth a row, or perhaps no numbers."""
         tokens = sequence.tokens[: sequence.computed]
-        if len(tokens) < MIN_REUSE_TOKENS or sequence.is_forked:
+        if len(tokens) < MIN_REUSE_TOKENS or sequence.is_forked or not sequence.is_sound:
             return None
         for cached in self._cached:
             if cached.version == sequence.version and _shared(cached.tokens, tokens, len(tokens)) == len(tokens):
@@ -203,7 +210,7 @@ class Scheduler:
 
 
 def _move(sequence: Sequence, row: int) -> Copy:
-    copy = Copy(sequence.row, row, sequence.computed)
+    copy = Copy(sequence.row, row, sequence.computed, clears=not sequence.is_sound)
     sequence.row = row
     return copy
 

@@ -70,11 +70,13 @@ async def test_where_one_text_cannot_be_made_nobody_is_left_waiting(tiny_model: 
     tokens_of = engine._prompts.decode
 
     def decode(ids: list[int]) -> str:
-        if engine.status().running == 1 and not failed:  # the shorter answer is over, and untold as the longer one's
+        running.append(engine.status().running)
+        if running[-2:] == [2, 1] and not failed:  # the shorter answer is over, and untold as the longer one's
             failed.append(True)
             raise ValueError("no text")
         return tokens_of(ids)
 
+    running: list[int] = [0]
     failed: list[bool] = []
     engine._prompts.decode = decode  # type: ignore[method-assign]
     asked = [request(version, "same", max_tokens=6), request(version, "same", max_tokens=7)]

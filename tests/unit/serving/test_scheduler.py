@@ -6,6 +6,9 @@ import random
 
 from serving.scheduler import Copy, Plan, Scheduler, Sequence
 
+CLEARED = ("", 0)
+BROKEN = "v3"  # what it computes are no numbers
+
 
 class Memory:
     """What each row would hold: (version, token) per place, copied and written as the plan says."""
@@ -14,8 +17,11 @@ class Memory:
         self.rows: dict[int, list[tuple[str, int]]] = {}
 
     def copy(self, copies: list[Copy]) -> None:
-        for source, target, length in copies:
-            self.rows[target] = self.rows[source][:length] + self.rows.get(target, [])[length:]
+        for source, target, length, clears in copies:
+            if source != target:
+                self.rows[target] = self.rows[source][:length] + self.rows.get(target, [])[length:]
+            if clears:
+                self.rows[source][:length] = [CLEARED] * length
 
     def compute(self, plan: Plan) -> None:
         for sequence, start, stop, _ in plan.work:
@@ -41,6 +47,7 @@ def step(plans: Scheduler, memory: Memory) -> Plan:
     sampled = [s for work in plan.work if work.is_last for s in (work.sequence, *work.sequence.forks)]
     memory.copy(plans.advance(plan))
     for place, one in enumerate(sampled):
+        one.is_sound = one.version != BROKEN
         one.tokens.append(1000 + 10 * len(one.tokens) + place)
     return plan
 
@@ -53,7 +60,7 @@ def test_random_traffic_never_shows_a_sequence_another_ones_memory() -> None:
         if dice.random() < 0.2 and len(plans.waiting) < 5:
             shared = [dice.randrange(2)] * dice.choice((0, 18, 30))
             prompt = shared + [dice.randrange(5) for _ in range(dice.randint(1, 25))]
-            new = sequence(prompt, dice.choice(("v1", "v2")), forks=dice.choice((0, 0, 1, 2)))
+            new = sequence(prompt, dice.choice(("v1", "v2", BROKEN)), forks=dice.choice((0, 0, 1, 2)))
             alive += [new, *new.forks]
             plans.add(new)
         plan = step(plans, memory)
@@ -61,9 +68,15 @@ def test_random_traffic_never_shows_a_sequence_another_ones_memory() -> None:
         assert [s.row for s in decoders] == list(range(len(decoders)))
         assert len(plans.rows) <= 4
         begun = [s for s in plans.rows if s.is_decoding]
-        ended = {s for s in begun if len(s.tokens) > s.prompt_tokens and dice.random() < 0.15}
+        ended = {s for s in begun if len(s.tokens) > s.prompt_tokens and (s.version == BROKEN or dice.random() < 0.15)}
+        ended |= {s for s in plans.rows if not s.is_decoding and s.computed and not s.forks and dice.random() < 0.1}
         plans.drop(ended)
         memory.copy(plans.retire(ended))
+        for row in range(4):  # beside a longer sequence, all of a row is looked at
+            held = memory.rows.get(row, [])
+            own = {s.version for s in plans.rows if s.row == row}
+            assert BROKEN not in {version for version, _ in held} or own == {BROKEN}
+        assert BROKEN not in {cached.version for cached in plans._cached}
         assert [s.row for s in plans.rows] == list(range(len(plans.rows)))
         alive = [s for s in alive if s not in ended]
 

@@ -7,6 +7,7 @@ import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, Literal
+from unittest.mock import AsyncMock
 
 import jsonschema
 import msgspec
@@ -15,11 +16,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from serving.config import BaseConfig
+from serving.engine import ChunkStream
 from serving.errors import InvalidRequest, Overloaded, VersionRefused
 from serving.product import packed
 from serving.safety import OutputFilter
+from serving.scheduler import Copy, Plan
 from serving.transformers_engine import TransformersEngine
-from serving.wire import ToolUse
+from serving.wire import Chunk, ToolUse
 from telemetry.events import Tool
 from telemetry.manifest import ADAPTER_FILE, base_digest, read_version
 from tests.tool_model import SCHEMAS, make_tool_model, offered, tool
@@ -230,6 +233,45 @@ async def test_an_adapter_that_does_not_fit_is_refused_and_its_slot_is_free(
     assert version in status.failed
     good = await load(engine, model, tmp_path, 2)
     assert ids_of(await answer(engine, request(good))) == Reference(model, 2).greedy("Hello there", 12)
+
+
+@pytest.mark.parametrize("is_cancelled", [False, True])
+async def test_what_is_no_number_in_one_answer_reaches_no_other(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_cancelled: bool
+) -> None:
+    """Its keys and values lie in a row that a shorter sequence takes next, beside a longer one that still runs."""
+    engine = await started(model, msgspec.structs.replace(OPTIONS, max_batch=2))
+    version, folder = publish(tmp_path, model, 1, size=1e20)
+    manifest, base, end = read_version(folder, KEY), engine.base_version, Reference(model).tokenizer.eos_token_id
+    with pytest.raises(VersionRefused, match="not_finite"):
+        await engine.load(version, folder, manifest)
+    monkeypatch.setattr(engine, "_warm", AsyncMock())  # one that breaks only later, where it is warm already
+    await engine.load(version, folder, manifest)
+    asked = [
+        request(base, "word " * 5, max_tokens=180, logit_bias={end: -100.0}),
+        request(version, "another " * 15),
+        request(base),  # waits for the place of the one before
+    ]
+    with engine._wake:  # the engine sees them together
+        streams = [await engine.submit(one) for one in asked]
+        broken, advance = streams[1]._ticket, engine._scheduler.advance  # type: ignore[attr-defined]
+
+        def advance_or_cancel(plan: Plan) -> list[Copy]:
+            broken.is_cancelled |= is_cancelled and any(w.sequence.slot and w.stop > 90 for w in plan.work)
+            return advance(plan)
+
+        monkeypatch.setattr(engine._scheduler, "advance", advance_or_cancel)
+    longest, failed, short = await asyncio.gather(*map(_all_of, streams))
+    assert (failed[-1].finish_reason, failed[-1].error) == (
+        ("cancelled", "") if is_cancelled else ("error", "not_finite")
+    )
+    assert ids_of(short) == Reference(model).greedy("Hello there", 12)
+    assert len(ids_of(longest)) == 180
+    await engine.close()
+
+
+async def _all_of(stream: ChunkStream) -> list[Chunk]:
+    return [chunk async for chunk in stream]
 
 
 async def test_an_idle_engine_sleeps(engine: TransformersEngine) -> None:
