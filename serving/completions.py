@@ -108,9 +108,9 @@ class Completion:
 
     def note(self, sampled: Sampled) -> None:
         """Take the next token without making text of it: all that the next step has to wait for."""
+        self.sequence.is_sound = sampled.is_finite  # also where its end was told while this was computed
         if self.is_over:
             return
-        self.sequence.is_sound = sampled.is_finite
         if not sampled.is_finite:
             self._over = "error", "not_finite"
         elif sampled.token_id in self._prompts.end_ids:

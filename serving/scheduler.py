@@ -28,7 +28,7 @@ class Sequence:
     cached_tokens: int = 0
     row: int = -1
     is_forked: bool = False  # waits for its leader's prompt
-    is_sound: bool = False  # its last logits were numbers, and so is all that they were computed from
+    is_sound: bool = False  # its last logits were numbers; what they were computed from is taken to be, too
 
     @property
     def is_decoding(self) -> bool:
@@ -38,8 +38,8 @@ class Sequence:
 class Copy(NamedTuple):
     """Copy the first ``length`` keys and values of a row into another.
 
-    ``clears``: the source is cleared then (all that is done where it is the target, too). They may be no numbers, and
-    a shorter sequence may come there.
+    ``clears``: afterwards the source is zeroed; where it is the target, too, that is all. What it held may be no
+    numbers, and no mask hides those from a shorter sequence that comes there.
     """
 
     source: int
@@ -155,7 +155,7 @@ class Scheduler:
     def retire(self, finished: set[Sequence]) -> list[Copy]:
         """Take finished sequences out of their rows into the prefix cache, and close the gaps."""
         copies = [copy for s in self.rows if s in finished and (copy := self._keep(s)) is not None]
-        copies += [_move(s, s.row) for s in self.rows if s in finished and not s.is_sound]
+        copies += [Copy(s.row, s.row, s.computed, clears=True) for s in self.rows if s in finished and not s.is_sound]
         left = [s for s in self.rows if s not in finished]
         decoders = [s for s in left if s.is_decoding]
         holes = iter(sorted(set(range(len(decoders))) - {s.row for s in decoders}))

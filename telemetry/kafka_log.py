@@ -231,7 +231,7 @@ class KafkaLog:
             request_timeout_ms=int(timeout_ms * 0.8),
             bootstrap_timeout_ms=timeout_ms,
             retry_backoff_ms=50,
-            metrics_enabled=False,  # nobody reads them, and they are a tenth of what it costs to send
+            metrics_enabled=False,  # nobody reads them
         )
 
     def _drop_producer(self, flush_s: float = 0.0) -> None:

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from serving.completions import Ticket
 from serving.config import BaseConfig
 from serving.safety import OutputFilter
+from serving.sampling_rules import Sampled
 from serving.transformers_engine import TransformersEngine
 from telemetry.manifest import base_digest
 from tests.unit.serving.kit import Reference, answer, ids_of, last_of, request, text_of
@@ -49,6 +51,16 @@ async def test_a_stop_string_ends_an_answer_a_step_later_but_not_longer(engine: 
     for index in range(3):
         assert text_of(clipped, index) == whole[: whole.find(stop)]
         assert last_of(clipped, index).completion_tokens == len(ids_of(clipped, index))
+
+
+async def test_a_step_that_is_no_number_is_noticed_where_the_end_was_told_before_it(engine: TransformersEngine) -> None:
+    ticket = Ticket(request(engine.base_version), 0, [1, 2, 3], 10, [None])
+    [completion] = ticket.begin(engine._prompts, OutputFilter(()))
+    completion.note(Sampled(5, 0.0, ()))
+    completion.end("stop")
+    assert completion.sequence.is_sound
+    completion.note(Sampled(0, 0.0, (), is_finite=False))
+    assert not completion.sequence.is_sound
 
 
 async def test_cancelling_lets_go_once(engine: TransformersEngine) -> None:
