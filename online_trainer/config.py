@@ -102,7 +102,7 @@ class TrainerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     weight_decay: float = 0.0
     # Nats a token (probe prompts, whole vocabulary) that the policy may be away from the base. Past it the adapter
     # is shrunk back: what is learned keeps its direction, and text stays language. 0: no limit.
-    kl_budget: float = 0.2
+    kl_budget: float = 0.12
 
     # Perplexity of probe answers under the base, as a multiple of the base's own, past which the adapter is shrunk once
     # more before it is published: the release gate would refuse it, and all that it has learned with it. 0: never.
