@@ -100,8 +100,10 @@ def reversal(run: Run) -> Iterator[Look]:
 
 
 def too_much(run: Run) -> Iterator[Look]:
-    """A taste that has no end: it must not cost the language."""
-    with circle(on_model(DEFAULT), run.seed) as own:
+    """A taste that has no end: it must not cost the language. ``0.2 !``: with a larger ``kl_budget``."""
+    nats = run.name.removesuffix("!")
+    config = replace(DEFAULT, kl_budget=float(nats)) if nats else DEFAULT
+    with circle(on_model(config), run.seed) as own:
         yield from clicks_and_looks(own, Crowd(taste=EXCLAIMS), 1000)
 
 
@@ -137,7 +139,7 @@ EXPERIMENTS: Final[dict[str, tuple[Callable[[Run], Iterator[Look]], tuple[str, .
     "slips": (slips, ("20", "30 robust")),
     "hostile": (hostile, ("10",)),
     "reversal": (reversal, ("formal",)),
-    "too_much": (too_much, ("!",)),
+    "too_much": (too_much, ("!", "0.2 !")),
     "active": (active, ("formal", "likes_lists")),
     "poison": (poison, ("clean", "poisoned")),
     "trl": (trl, ("2e-4", "1e-3")),

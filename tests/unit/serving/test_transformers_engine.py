@@ -270,6 +270,11 @@ async def test_what_is_no_number_in_one_answer_reaches_no_other(
     await engine.close()
 
 
+async def test_the_check_at_the_start_leaves_nothing_behind(engine: TransformersEngine) -> None:
+    """What a refused way of computing wrote may be no numbers."""
+    assert not engine._runner.kv.keys.any() and not engine._runner.kv.values.any()
+
+
 async def _all_of(stream: ChunkStream) -> list[Chunk]:
     return [chunk async for chunk in stream]
 
