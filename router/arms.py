@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 
 import msgspec
 
-from router.errors import NotFound
+from router.errors import NotFound, Unavailable
 from telemetry.events import Channel
 from telemetry.routing import RoutingTable, VariantRoute
 
@@ -74,12 +74,15 @@ def pins(routes: tuple[VariantRoute, ...]) -> Iterator[tuple[str, Arm]]:
 def choose_arms(
     table: RoutingTable, model: str, *, wants_pair: bool, ratios: PairRatios, has: HasVersion, draw: random.Random
 ) -> Arms:
-    """The arms for one request. Raises NotFound for a model that is not in the table.
+    """The arms for one request. Raises NotFound for a model that is not in the table, Unavailable before there is one.
 
     A canary or another variant that no replica holds yet gets no traffic; stable is chosen regardless.
     """
     policy, pin = parse_model(model)
     routes = table.policies.get(policy)
+    if not table.revision and not table.policies:  # none was read yet
+        message = "No model is known yet: the gateway is starting."
+        raise Unavailable(message, code="starting", retry_after_s=1.0)
     if not routes:
         raise NotFound("There is no such model; GET /v1/models lists them.", param="model", code="model_not_found")
     if pin:

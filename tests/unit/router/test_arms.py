@@ -9,7 +9,7 @@ import pytest
 from msgspec.structs import replace
 
 from router.arms import Arms, PairRatios, choose_arms, parse_model, pins
-from router.errors import NotFound
+from router.errors import NotFound, Unavailable
 from telemetry.routing import RoutingTable, VariantRoute
 
 BASE = "v000000-aaaaaaaa"
@@ -131,3 +131,9 @@ def test_every_pin_that_is_listed_can_be_chosen() -> None:
 
 def test_a_models_policy_and_pin_are_parted_at_the_first_at_sign() -> None:
     assert [parse_model(model) for model in ("chat", "chat@stable")] == [("chat", ""), ("chat", "stable")]
+
+
+def test_before_the_first_table_a_client_is_told_to_come_again() -> None:
+    with pytest.raises(Unavailable) as refusal:
+        choose(RoutingTable(0, {}))
+    assert (refusal.value.code, refusal.value.retry_after_s) == ("starting", 1.0)
