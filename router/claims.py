@@ -26,6 +26,8 @@ from telemetry.receipts import receipt_key
 from telemetry.redis_log import stream_fields
 
 log = logging.getLogger(__name__)
+MARK_S: Final = 0.02  # how long marks gather
+MOST_MARKS: Final = 64  # written in one step: Redis does nothing else meanwhile
 MARK_TRIES: Final = 20
 MARK_AGAIN_S: Final = 0.5
 MARK_WAIT_S: Final = 1.0
@@ -55,12 +57,16 @@ redis.call('HSET', KEYS[1], 'durable', 'log')
 return {kept, '', 1, 'log'}
 """)
 
-# KEYS verdict, lock, receipt; ARGV where the event is durable, then the words of the receipt (the recorder may have
-# been here first)
+# For each verdict: KEYS verdict, lock, receipt; ARGV the words of the receipt (the recorder may have been here first),
+# of which the last is where the event is durable
 MARK: Final = Script("""
-for i = 2, #ARGV, 2 do redis.call('HSETNX', KEYS[3], ARGV[i], ARGV[i + 1]) end
-redis.call('HSET', KEYS[1], 'durable', ARGV[1])
-redis.call('DEL', KEYS[2])
+local words = #ARGV / (#KEYS / 3)
+for k = 1, #KEYS, 3 do
+  local last = words * (k + 2) / 3
+  for i = last - words + 1, last, 2 do redis.call('HSETNX', KEYS[k + 2], ARGV[i], ARGV[i + 1]) end
+  redis.call('HSET', KEYS[k], 'durable', ARGV[last])
+  redis.call('DEL', KEYS[k + 1])
+end
 """)
 
 
@@ -88,6 +94,9 @@ class Made(msgspec.Struct, frozen=True):
     durable: str  # by this very try
 
 
+Unmarked = list[tuple[PreferenceRecorded, str]]  # and where each is durable
+
+
 class Claims:
     """Makes, marks and reads claims."""
 
@@ -99,7 +108,9 @@ class Claims:
         self._ttl_s = int(ttl_s)
         self._lease_ms = int(lease_s * 1000)
         self._embedded_log = embedded_log
-        self._marks: dict[str, asyncio.Task[None]] = {}  # under way, by preference id
+        self._unmarked: Unmarked = []  # gathering
+        self._marking: asyncio.Task[None] | None = None  # which will write them
+        self._marks: dict[str, asyncio.Task[None]] = {}  # not written yet, by preference id
 
     async def verdict(self, pair_id: str) -> Verdict | None:
         """The pair's claim, if there is one."""
@@ -112,22 +123,18 @@ class Claims:
         """Try to claim; a claim whose event is not durable yet is the caller's only with the lock."""
         event = claim.event
         keys = [VERDICT_KEY + event.pair_id, LOCK_KEY + event.pair_id, receipt_key(event.event_id), TOPIC]
-        accepted = list(chain.from_iterable(_accepted(event, "log").items()))
-        words: list[Any] = [
-            msgspec.json.encode(claim),
-            self._ttl_s,
-            self._lease_ms,
-            len(accepted),
-            *accepted,
-            *self._entry(event),
-        ]
+        entry = self._entry(event)
+        lines = _accepted(event, "log") if entry else {"pair_id": event.pair_id}
+        accepted = list(chain.from_iterable(lines.items()))
+        ours = msgspec.json.encode(claim)
+        words: list[Any] = [ours, self._ttl_s, self._lease_ms, len(accepted), *accepted, *entry]
         kept, before, won, now = cast(tuple[bytes, bytes, int, bytes], await self._writes.run(CLAIM, keys, words))
-        return Made(msgspec.json.decode(kept, type=Claim), before.decode(), bool(won), now.decode())
+        holds = claim if kept == ours else msgspec.json.decode(kept, type=Claim)
+        return Made(holds, before.decode(), bool(won), now.decode())
 
     def _entry(self, event: PreferenceRecorded) -> list[bytes]:
         """The words of the entry in the stream; none where the log is another, or for it to refuse what is too long."""
-        payload = encode(event)
-        if not self._embedded_log or len(payload) > MAX_PAYLOAD_BYTES:
+        if not self._embedded_log or len(payload := encode(event)) > MAX_PAYLOAD_BYTES:
             return []
         return list(chain.from_iterable(stream_fields(event.pair_id, payload).items()))
 
@@ -138,31 +145,43 @@ class Claims:
     def mark(self, event: PreferenceRecorded, durable: str) -> None:
         """The event is durable: from here on the same verdict is a replay; the lock is let go with it.
 
-        Written behind the answer, and again for a while where Redis is away: until it is written the receipt is not
-        found. One that never is written is mended by the recorder, and the same verdict sent again appends the same
-        event (its metric then counts it twice).
+        Written behind the answer, with those of the next ``MARK_S``, and again for a while where Redis is away: until
+        it is written the receipt is not found. One that never is written is mended by the recorder, and the same
+        verdict sent again appends the same event (its metric then counts it twice).
         """
-        mark = self._ledger.in_background(self._mark(event, durable))
-        self._marks[event.event_id] = mark
-        mark.add_done_callback(lambda _: self._marks.pop(event.event_id, None))
+        if self._marking is None or len(self._unmarked) == MOST_MARKS:
+            self._unmarked = []
+            self._marking = self._ledger.in_background(self._mark(self._unmarked))
+        self._unmarked.append((event, durable))
+        self._marks[event.event_id] = self._marking
 
-    async def _mark(self, event: PreferenceRecorded, durable: str) -> None:
+    async def _mark(self, unmarked: Unmarked) -> None:
+        if not self._ledger.is_ending:
+            await asyncio.sleep(MARK_S)
+        if unmarked is self._unmarked:
+            self._marking = None
         for _ in range(MARK_TRIES):
             try:
-                await self._write_mark(event, durable)
+                await self._write_marks(unmarked)
                 break
             except (RedisError, OSError) as error:
+                count, first = len(unmarked), unmarked[0][0].event_id
                 log.warning(
-                    "verdict not marked: %s", error, extra={"action": "verdict_not_marked", "id": event.event_id}
+                    "verdicts not marked, %d: %s", count, error, extra={"action": "verdict_not_marked", "id": first}
                 )
             if self._ledger.is_ending:
                 break
             await asyncio.sleep(MARK_AGAIN_S)
+        for event, _ in unmarked:
+            self._marks.pop(event.event_id, None)
         reach("router.verdict_marked")
 
-    async def _write_mark(self, event: PreferenceRecorded, durable: str) -> None:
-        keys = [VERDICT_KEY + event.pair_id, LOCK_KEY + event.pair_id, receipt_key(event.event_id)]
-        await self._notes.run(MARK, keys, [durable, *chain.from_iterable(_accepted(event, durable).items())])
+    async def _write_marks(self, unmarked: Unmarked) -> None:
+        keys, words = list[str](), list[str]()
+        for event, durable in unmarked:
+            keys += VERDICT_KEY + event.pair_id, LOCK_KEY + event.pair_id, receipt_key(event.event_id)
+            words += chain.from_iterable(_accepted(event, durable).items())
+        await self._notes.run(MARK, keys, words)
 
     async def marked(self, preference_id: str) -> bool:
         """Wait a moment for a mark that is being written; False when it still is."""
@@ -173,7 +192,7 @@ class Claims:
 
 
 def _accepted(event: PreferenceRecorded, durable: str) -> dict[str, str]:
-    """A receipt's first lines."""
+    """A receipt's first lines; the last says where it is durable."""
     return {
         "pair_id": event.pair_id,
         "user": event.user,

@@ -24,6 +24,7 @@ from router.arms import Arm
 from router.errors import PayloadTooLarge, Unavailable
 from router.exchange import Answer, Exchange
 from router.gathered import Gathered
+from router.landing import Landing
 from router.pairs import PairMemory, RememberedPair
 from router.private import NOT_TO_BE_READ, Private
 from telemetry import metrics
@@ -85,7 +86,7 @@ class Ledger:
         *,
         completion_ttl_s: float,
     ) -> None:
-        self._log, self.private = outbox, private
+        self._log, self.private, self._landing = outbox, private, Landing()
         self._redis, self._writes = redis, memories
         self._pairs = pairs
         self._completion_ttl_s = int(completion_ttl_s)
@@ -103,7 +104,7 @@ class Ledger:
         """
         payload = encode(await self.private.sealed(event, key_id))
         try:
-            done = await asyncio.wrap_future(self._log.append(TOPIC_OF[type(event)], key_of(event), payload))
+            done = await self._landing.of(self._log.append(TOPIC_OF[type(event)], key_of(event), payload))
         except LogUnavailable as error:
             message = "The event log takes nothing now; nothing was recorded."
             raise Unavailable(message, code="log_unavailable", retry_after_s=2.0) from error

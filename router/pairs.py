@@ -115,5 +115,7 @@ class PairMemory:
 
     async def recall(self, pair_id: str) -> RememberedPair | None:
         """The pair, or None when it was never complete or is long over."""
+        if pair := self.recent(pair_id):
+            return pair
         payload = await self._reads.ask("GET", PAIR_KEY + pair_id)
         return None if payload is None else msgspec.json.decode(payload, type=RememberedPair)

@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from typing import Final
 
 from msgspec.structs import replace
-from opentelemetry.trace import SpanKind
+from opentelemetry.trace import Span, SpanKind
 from redis.exceptions import RedisError
 
 from router.admission import Caller
-from router.claims import Claim, Claims, Verdict
+from router.claims import Claim, Claims
 from router.errors import Conflict, Forbidden, Gone, NotFound, RouterError, Unavailable
 from router.ledger import Ledger
 from router.pairs import PairMemory, RememberedPair, Ticket, preference_id, pseudonym, read_ticket
@@ -113,23 +115,25 @@ class Preferences:
         return answer
 
     async def _record(self, body: VerdictRequest, ticket: Ticket, caller: Caller) -> Receipt:
-        pair, earlier = await self._recall(ticket)
-        if earlier is not None:
-            claim = earlier.claim
-            _check(claim, body, caller)
-            if earlier.durable:
-                return await self._replayed(claim, earlier.durable)
-            trace = (claim.event.trace_id, claim.event.span_id)
-        else:
-            shown = _judgeable(pair, ticket, caller)
-            trace = (shown.trace_id, shown.span_id)
-        with tracing.span("verdict", within=tracing.parent(*trace), kind=SpanKind.SERVER) as span:
-            span.set_attribute("preference.pair_id", body.pair_id)
-            if earlier is None:
-                claim = Claim(body.choice, caller.name, await self._sealed(shown, body, tracing.ids(span)))
-            span.set_attribute("preference.id", claim.event.event_id)
-            span.add_event("gen_ai.evaluation.result", {"preference.outcome": claim.event.outcome})
-            return await self._settle(claim, body, caller)
+        claim: Claim | None = None
+        try:
+            shown = _judgeable(await self._pairs.recall(ticket.pair_id), ticket, caller)
+        except (NotFound, Gone) as error:
+            claim = await self._given(ticket, error)
+        with _span(body, claim.event if claim else shown) as span:
+            if claim is None:  # whether there is a verdict already is for the claim to tell
+                try:
+                    claim = Claim(body.choice, caller.name, await self._sealed(shown, body, tracing.ids(span)))
+                except (Gone, Unavailable) as error:
+                    claim = await self._given(ticket, error)
+            return await self._settle(claim, body, caller, span)
+
+    async def _given(self, ticket: Ticket, error: RouterError) -> Claim:
+        """What was claimed already, which can be heard of without the pair or its key; otherwise raises ``error``."""
+        earlier = await self._claims.verdict(ticket.pair_id)
+        if earlier is None:
+            raise error
+        return earlier.claim
 
     async def _sealed(self, shown: PairShown, body: VerdictRequest, trace: tuple[str, str]) -> PreferenceRecorded:
         """The verdict's event as it is written everywhere. Raises Gone for who is forgotten, or Unavailable."""
@@ -143,15 +147,10 @@ class Preferences:
             message = "What this pair showed cannot be read now; nothing was acknowledged."
             raise Unavailable(message, code="keys_unavailable", retry_after_s=1.0) from error
 
-    async def _recall(self, ticket: Ticket) -> tuple[RememberedPair | None, Verdict | None]:
-        """The pair, and the verdict it has; of a pair just shown here, whether it has one is for the claim to tell."""
-        pair = self._pairs.recent(ticket.pair_id)
-        if pair is not None and not _is_over(ticket):
-            return pair, None
-        return await asyncio.gather(self._pairs.recall(ticket.pair_id), self._claims.verdict(ticket.pair_id))
-
-    async def _settle(self, claim: Claim, body: VerdictRequest, caller: Caller) -> Receipt:
+    async def _settle(self, claim: Claim, body: VerdictRequest, caller: Caller, span: Span) -> Receipt:
         """Claim, and append where that is not the same step; or wait for whoever does."""
+        span.set_attribute("preference.id", claim.event.event_id)
+        span.add_event("gen_ai.evaluation.result", {"preference.outcome": claim.event.outcome})
         give_up_s = time.monotonic() + 2 * self._lease_s
         while time.monotonic() < give_up_s:
             made = await self._claims.make(claim)
@@ -186,6 +185,15 @@ class Preferences:
         reach("router.verdict_durable")
         self._claims.mark(claim.event, durable)
         return _acknowledged(claim, durable)
+
+
+@contextmanager
+def _span(body: VerdictRequest, begun: PairShown | PreferenceRecorded) -> Iterator[Span]:
+    """The verdict's span, in the trace in which the pair was shown."""
+    within = tracing.parent(begun.trace_id, begun.span_id)
+    with tracing.span("verdict", within=within, kind=SpanKind.SERVER) as span:
+        span.set_attribute("preference.pair_id", body.pair_id)
+        yield span
 
 
 def _acknowledged(claim: Claim, durable: str) -> Receipt:

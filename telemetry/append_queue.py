@@ -76,10 +76,6 @@ class AppendQueue:
         since_s, future = next(iter(list(self._waiting.values())), (0.0, None))
         return future if future is not None and time.monotonic() - since_s > most_s else None
 
-    def get(self) -> Append | None:
-        """Writer: the next entry, waiting for it; None after the last one."""
-        return self._queue.get()
-
     def get_group(self, most: int) -> tuple[list[Append], bool]:
         """Writer: wait for one entry, then take what else has gathered; True after the last one."""
         item = self._queue.get()

@@ -74,9 +74,12 @@ class Fleet:
 
 
 async def until(condition: Callable[[], bool], what: str, limit_s: float) -> None:
-    """Wait for ``condition``. Raises TimeoutError that says ``what``."""
+    """Wait for ``condition``, asked in a thread: a wait for Redis must not hold up the clients that are timed here.
+
+    Raises TimeoutError that says ``what``.
+    """
     deadline = time.monotonic() + limit_s
-    while not condition():
+    while not await asyncio.to_thread(condition):
         if time.monotonic() > deadline:
             raise TimeoutError(what)
         await asyncio.sleep(0.02)

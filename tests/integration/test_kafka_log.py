@@ -9,9 +9,10 @@ from typing import Any
 
 import msgspec
 import pytest
-from kafka import KafkaAdminClient  # type: ignore[import-untyped]
+from kafka import KafkaAdminClient, TopicPartition  # type: ignore[import-untyped]
 from kafka.admin import ConfigResource, ConfigResourceType  # type: ignore[import-untyped]
 from kafka.errors import KafkaTimeoutError  # type: ignore[import-untyped]
+from kafka.producer.future import FutureProduceResult, FutureRecordMetadata  # type: ignore[import-untyped]
 
 from deploy.kafka.broker import Broker
 from telemetry.config import TelemetryConfig, open_log
@@ -167,4 +168,36 @@ def test_a_producer_that_cannot_be_closed_stops_nothing(
         log.append(PREFERENCES, "k", b"three").result(timeout=20)
     monkeypatch.undo()
     assert log.append(PREFERENCES, "k", b"four").result(timeout=20).topic == PREFERENCES
+    log.close()
+
+
+@pytest.mark.parametrize("error", [KafkaTimeoutError("no answer"), RuntimeError("nobody thought of this")])
+def test_of_a_group_under_way_all_fail_from_the_first_that_does(
+    kafka_config: TelemetryConfig, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    log = open_log(kafka_config)
+    assert isinstance(log, KafkaLog)
+    log.append(PREFERENCES, "k", b"first").result(timeout=20)
+    go_on, connected, send = threading.Event(), log._connected, log._producer.send
+
+    def waits(topic: str) -> Any:
+        go_on.wait()
+        return connected(topic)
+
+    def fails(topic: str, payload: bytes, key: bytes) -> Any:
+        if payload != b"bad":
+            return send(topic, payload, key)
+        result = FutureProduceResult(TopicPartition(topic, 0))
+        return FutureRecordMetadata(result, 0, 0, None, 0, 0, 0).failure(error)
+
+    monkeypatch.setattr(log, "_connected", waits)
+    monkeypatch.setattr(log._producer, "send", fails)
+    held = log.append(PREFERENCES, "k", b"held")
+    before, bad, behind = (log.append(PREFERENCES, name, name.encode()) for name in ("before", "bad", "behind"))
+    go_on.set()
+    assert [future.result(timeout=20).topic for future in (held, before)] == [PREFERENCES] * 2, "these came through"
+    for future in (bad, behind):
+        with pytest.raises(LogUnavailable, match=str(error)):
+            future.result(timeout=20)
+    assert log.append(PREFERENCES, "k", b"next").result(timeout=20).topic == PREFERENCES, "with another producer"
     log.close()

@@ -229,13 +229,15 @@ class FakeRedis:
 
     async def _mark(self, *, keys: list[str], args: list[str]) -> None:
         """``MARK``."""
-        verdict, lock, receipt = keys
         self._trouble()
-        lines = self.hashes.setdefault(receipt, {})
-        for name, value in zip(args[1::2], args[2::2], strict=True):
-            lines.setdefault(name.encode(), value.encode())
-        self.hashes.setdefault(verdict, {})[b"durable"] = args[0].encode()
-        self.values.pop(lock, None)
+        each = len(args) * 3 // len(keys)
+        for n, (verdict, lock, receipt) in enumerate(zip(keys[::3], keys[1::3], keys[2::3], strict=True)):
+            own = args[n * each : (n + 1) * each]
+            lines = self.hashes.setdefault(receipt, {})
+            for name, value in zip(own[::2], own[1::2], strict=True):
+                lines.setdefault(name.encode(), value.encode())
+            self.hashes.setdefault(verdict, {})[b"durable"] = own[-1].encode()
+            self.values.pop(lock, None)
         self._trouble()
 
     def _get(self, key: str) -> bytes | None:

@@ -299,7 +299,7 @@ def simulated(simulation: Simulation) -> Iterator[None]:
         monotonic=lambda: world.seconds, perf_counter=lambda: world.seconds, time=lambda: world.seconds
     )
     waiting = SimpleNamespace(**{name: getattr(asyncio, name) for name in ("gather", "wait", "Task", "create_task")})
-    waiting.sleep, waiting.wrap_future = sleep, _done
+    waiting.sleep = sleep
     changes: list[tuple[Any, str, Any]] = [
         (module, "reach", world.reach) for module in (claiming, ledgering, judging, recording, storing, training)
     ]
@@ -317,10 +317,6 @@ def simulated(simulation: Simulation) -> Iterator[None]:
     finally:
         for module, name, value in kept:
             setattr(module, name, value)
-
-
-async def _done(future: Any) -> Any:
-    return future.result()
 
 
 def run_seed(seed: int, loop: asyncio.AbstractEventLoop) -> str:

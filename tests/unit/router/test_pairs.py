@@ -87,4 +87,5 @@ async def test_the_last_pairs_shown_here_are_known_without_asking_redis() -> Non
         await memory.remember(RememberedPair(shown, "caller"))
     assert memory.recent("one") is None, "the oldest made room"
     assert [memory.recent(name) is not None for name in ("two", "three")] == [True, True]
+    assert await memory.recall("three") is memory.recent("three")
     assert kept == [PAIR_KEY + name for name in ("one", "two", "three")], "Redis knows them all"

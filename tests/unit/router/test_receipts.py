@@ -28,6 +28,7 @@ class Redis:
         self.hashes: dict[str, dict[bytes, bytes]] = {}
         self.let_go = asyncio.Event()
         self.fails = fails
+        self.scripts = 0  # asked for
 
     def pipeline(self, *, transaction: bool) -> Commands:
         return Commands(self)
@@ -41,15 +42,19 @@ class Redis:
     async def command(self, name: str, *words: Any) -> Any:
         if name == "HMGET":
             return [self.hashes.get(words[0], {}).get(field.encode()) for field in words[1:]]
-        assert (name, words[0], words[1]) == ("EVALSHA", MARK.digest, 3)
+        assert (name, words[0]) == ("EVALSHA", MARK.digest)
+        self.scripts += 1
         await self.let_go.wait()
         if self.fails:
             raise RedisAway("away")
-        verdict, _, receipt, durable, *lines = words[2:]
-        self.hashes[verdict] = {b"durable": durable.encode()}
-        self.hashes[receipt] = {
-            key.encode(): value.encode() for key, value in zip(lines[::2], lines[1::2], strict=True)
-        }
+        keys, lines = words[2 : 2 + words[1]], words[2 + words[1] :]
+        each = len(lines) * 3 // len(keys)
+        for n, (verdict, receipt) in enumerate(zip(keys[::3], keys[2::3], strict=True)):
+            own = lines[n * each : (n + 1) * each]
+            self.hashes[verdict] = {b"durable": own[-1].encode()}
+            self.hashes[receipt] = {
+                key.encode(): value.encode() for key, value in zip(own[::2], own[1::2], strict=True)
+            }
         return None
 
 
@@ -73,10 +78,10 @@ def book_on(redis: Any) -> tuple[ReceiptBook, Claims]:
     return ReceiptBook(redis, ledger, claims), claims
 
 
-def verdict() -> PreferenceRecorded:
+def verdict(pair_id: str = "p") -> PreferenceRecorded:
     side = Completion("c", "text", "main", "v", "stable", "stop", 1, 1, 0.1, 0.1, 1.0, 1.0)
     return PreferenceRecorded(
-        pair_id="p", policy="chat", user="u", prompt=(), chosen=side, rejected=side, outcome="skip",
+        pair_id=pair_id, policy="chat", user="u", prompt=(), chosen=side, rejected=side, outcome="skip",
         chosen_position="", propensity=1.0, shown_at=utc_now(), decided_s=1.0,
     )  # fmt: skip
 
@@ -93,6 +98,23 @@ async def test_a_receipt_that_is_read_at_once_waits_for_its_mark() -> None:
     assert (await reading).status == "accepted"
 
 
+async def test_marks_of_the_same_moment_are_one_step_and_never_a_long_one() -> None:
+    redis = Redis()
+    book, claims = book_on(redis)
+    redis.let_go.set()
+    events = [verdict(f"p{n}") for n in range(claiming.MOST_MARKS + 1)]
+    for event in events:
+        claims.mark(event, "outbox" if event is events[-1] else "log")
+    assert [(await book.read(event.event_id, OPEN_CALLER)).stages[0].durable for event in events] == [
+        *["log"] * claiming.MOST_MARKS, "outbox",
+    ]  # fmt: skip
+    assert redis.scripts == 2
+    late = verdict("late")
+    claims.mark(late, "log")
+    assert (await book.read(late.event_id, OPEN_CALLER)).pair_id == "late"
+    assert redis.scripts == 3
+
+
 async def test_a_mark_is_written_again_until_redis_takes_it(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -105,7 +127,7 @@ async def test_a_mark_is_written_again_until_redis_takes_it(
     claims.mark(event, "log")
     with pytest.raises(Unavailable, match="being written"):
         await book.read(event.event_id, OPEN_CALLER)
-    assert "verdict not marked" in caplog.text
+    assert "verdicts not marked, 1: away" in caplog.text
     redis.fails = False
     assert (await book.read(event.event_id, OPEN_CALLER)).status == "accepted"
 
