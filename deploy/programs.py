@@ -105,6 +105,7 @@ def redis_of(deployment: Deployment) -> Program:
     options = {
         "port": "0", "unixsocket": str(socket), "unixsocketperm": "700", "dir": str(data), "save": "",
         "appendonly": "yes", "appendfsync": "always", "aof-load-truncated": "yes", "maxmemory-policy": "noeviction",
+        "rdbcompression": "no",  # of its file when that is rewritten: sealed texts hardly get shorter
     }  # fmt: skip
     words = [word for name, value in options.items() for word in (f"--{name}", value)]
     return Program(

@@ -38,15 +38,16 @@ TOPIC: Final = TOPIC_OF[PreferenceRecorded]
 # KEYS verdict, lock, receipt, stream; ARGV claim, its life in s, the lock's in ms, how many words of the receipt,
 # then these (pair_id first: it stands in the receipt from here on, so that who reads it knows of the claim), then the
 # words of the stream's entry (none: another log, which the caller appends to)
-# → claim that holds, where it was durable before, whether the caller's, where it is durable now
+# → claim that holds ('': this one), where it was durable before, whether the caller's, where it is durable now
 CLAIM: Final = Script("""
-redis.call('HSETNX', KEYS[1], 'claim', ARGV[1])
-local kept = redis.call('HGET', KEYS[1], 'claim')
+local kept = ''
+if redis.call('HSETNX', KEYS[1], 'claim', ARGV[1]) == 0 then kept = redis.call('HGET', KEYS[1], 'claim') end
+if kept == ARGV[1] then kept = '' end
 local before = redis.call('HGET', KEYS[1], 'durable')
 if before then return {kept, before, 0, ''} end
 redis.call('EXPIRE', KEYS[1], ARGV[2])
 local entry = 5 + ARGV[4]
-if kept ~= ARGV[1] or #ARGV < entry then
+if kept ~= '' or #ARGV < entry then
   redis.call('HSETNX', KEYS[3], ARGV[5], ARGV[6])
   return {kept, '', redis.call('SET', KEYS[2], '1', 'NX', 'PX', ARGV[3]) and 1 or 0, ''}
 end
@@ -126,10 +127,9 @@ class Claims:
         entry = self._entry(event)
         lines = _accepted(event, "log") if entry else {"pair_id": event.pair_id}
         accepted = list(chain.from_iterable(lines.items()))
-        ours = msgspec.json.encode(claim)
-        words: list[Any] = [ours, self._ttl_s, self._lease_ms, len(accepted), *accepted, *entry]
+        words: list[Any] = [msgspec.json.encode(claim), self._ttl_s, self._lease_ms, len(accepted), *accepted, *entry]
         kept, before, won, now = cast(tuple[bytes, bytes, int, bytes], await self._writes.run(CLAIM, keys, words))
-        holds = claim if kept == ours else msgspec.json.decode(kept, type=Claim)
+        holds = msgspec.json.decode(kept, type=Claim) if kept else claim
         return Made(holds, before.decode(), bool(won), now.decode())
 
     def _entry(self, event: PreferenceRecorded) -> list[bytes]:

@@ -41,7 +41,8 @@ class RedisServer:
         own_death = ["setpriv", "--pdeathsig", "KILL"] if shutil.which("setpriv") else []
         options = {
             "port": "0", "unixsocket": str(self.socket), "dir": str(self.folder), "save": "",
-            "appendonly": "yes", "appendfsync": "always", "databases": str(DATABASES),
+            "appendonly": "yes", "appendfsync": "always", "rdbcompression": "no",
+            "databases": str(DATABASES),
         }  # fmt: skip
         arguments = [word for name, value in options.items() for word in (f"--{name}", value)]
         self.socket.unlink(missing_ok=True)

@@ -217,15 +217,17 @@ class FakeRedis:
         """``CLAIM`` for a log that is not this Redis."""
         verdict, lock = keys[:2]
         found = self.hashes.setdefault(verdict, {})
-        found.setdefault(b"claim", args[0])
+        kept = found.setdefault(b"claim", args[0])
+        if kept == args[0]:
+            kept = b""
         if durable := found.get(b"durable"):
-            return found[b"claim"], durable, 0, b""
+            return kept, durable, 0, b""
         is_free = self._get(lock) is None
         if is_free:
             self.values[lock] = (b"1", self.world.seconds + args[2] / 1000)
         self.hashes.setdefault(keys[2], {}).setdefault(args[4].encode(), args[5].encode())
         self._trouble()
-        return found[b"claim"], b"", int(is_free), b""
+        return kept, b"", int(is_free), b""
 
     async def _mark(self, *, keys: list[str], args: list[str]) -> None:
         """``MARK``."""
