@@ -79,13 +79,6 @@ class Claim(msgspec.Struct, frozen=True):
     event: PreferenceRecorded
 
 
-class Verdict(msgspec.Struct, frozen=True):
-    """A claim and what became of it: ``durable`` is empty until it was acknowledged."""
-
-    claim: Claim
-    durable: str
-
-
 class Made(msgspec.Struct, frozen=True):
     """What came of a try to claim: the claim that holds, and where its event is durable, if it is."""
 
@@ -113,12 +106,10 @@ class Claims:
         self._marking: asyncio.Task[None] | None = None  # which will write them
         self._marks: dict[str, asyncio.Task[None]] = {}  # not written yet, by preference id
 
-    async def verdict(self, pair_id: str) -> Verdict | None:
+    async def verdict(self, pair_id: str) -> Claim | None:
         """The pair's claim, if there is one."""
-        claim, durable = await self._reads.ask("HMGET", VERDICT_KEY + pair_id, "claim", "durable")
-        if claim is None:
-            return None
-        return Verdict(msgspec.json.decode(claim, type=Claim), (durable or b"").decode())
+        claim = await self._reads.ask("HGET", VERDICT_KEY + pair_id, "claim")
+        return None if claim is None else msgspec.json.decode(claim, type=Claim)
 
     async def make(self, claim: Claim) -> Made:
         """Try to claim; a claim whose event is not durable yet is the caller's only with the lock."""
@@ -146,20 +137,28 @@ class Claims:
         """The event is durable: from here on the same verdict is a replay; the lock is let go with it.
 
         Written behind the answer, with those of the next ``MARK_S``, and again for a while where Redis is away: until
-        it is written the receipt is not found. One that never is written is mended by the recorder, and the same
+        it is written the receipt is "being written". One that never is written is mended by the recorder, and the same
         verdict sent again appends the same event (its metric then counts it twice).
         """
-        if self._marking is None or len(self._unmarked) == MOST_MARKS:
+        if self._marking is None or self._marking.done() or len(self._unmarked) == MOST_MARKS:
             self._unmarked = []
             self._marking = self._ledger.in_background(self._mark(self._unmarked))
         self._unmarked.append((event, durable))
         self._marks[event.event_id] = self._marking
 
     async def _mark(self, unmarked: Unmarked) -> None:
-        if not self._ledger.is_ending:
-            await asyncio.sleep(MARK_S)
-        if unmarked is self._unmarked:
-            self._marking = None
+        try:
+            if not self._ledger.is_ending:
+                await asyncio.sleep(MARK_S)
+            if unmarked is self._unmarked:
+                self._marking = None  # what comes from here on is of another group
+            await self._until_marked(unmarked)
+        finally:
+            for event, _ in unmarked:
+                self._marks.pop(event.event_id, None)
+        reach("router.verdict_marked")
+
+    async def _until_marked(self, unmarked: Unmarked) -> None:
         for _ in range(MARK_TRIES):
             try:
                 await self._write_marks(unmarked)
@@ -172,9 +171,6 @@ class Claims:
             if self._ledger.is_ending:
                 break
             await asyncio.sleep(MARK_AGAIN_S)
-        for event, _ in unmarked:
-            self._marks.pop(event.event_id, None)
-        reach("router.verdict_marked")
 
     async def _write_marks(self, unmarked: Unmarked) -> None:
         keys, words = list[str](), list[str]()

@@ -40,9 +40,11 @@ class Landing:
         self._is_woken = False  # before the first is taken: what comes from here on wakes anew
         while self._landed:
             landed, done = self._landed.popleft()
-            if landed.done():  # cancelled
+            if landed.done():  # nobody waits any more
                 continue
-            if error := done.exception():
+            if done.cancelled():
+                landed.cancel()
+            elif error := done.exception():
                 landed.set_exception(error)
             else:
                 landed.set_result(done.result())

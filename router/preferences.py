@@ -119,21 +119,26 @@ class Preferences:
         try:
             shown = _judgeable(await self._pairs.recall(ticket.pair_id), ticket, caller)
         except (NotFound, Gone) as error:
-            claim = await self._given(ticket, error)
+            claim = await self._given(body, ticket, caller, error)
         with _span(body, claim.event if claim else shown) as span:
             if claim is None:  # whether there is a verdict already is for the claim to tell
                 try:
                     claim = Claim(body.choice, caller.name, await self._sealed(shown, body, tracing.ids(span)))
                 except (Gone, Unavailable) as error:
-                    claim = await self._given(ticket, error)
-            return await self._settle(claim, body, caller, span)
+                    claim = await self._given(body, ticket, caller, error)
+            span.set_attribute("preference.id", claim.event.event_id)
+            answer = await self._settle(claim, body, caller)
+            if not answer.replayed:
+                span.add_event("gen_ai.evaluation.result", {"preference.outcome": claim.event.outcome})
+            return answer
 
-    async def _given(self, ticket: Ticket, error: RouterError) -> Claim:
+    async def _given(self, body: VerdictRequest, ticket: Ticket, caller: Caller, error: RouterError) -> Claim:
         """What was claimed already, which can be heard of without the pair or its key; otherwise raises ``error``."""
-        earlier = await self._claims.verdict(ticket.pair_id)
-        if earlier is None:
+        claim = await self._claims.verdict(ticket.pair_id)
+        if claim is None:
             raise error
-        return earlier.claim
+        _check(claim, body, caller)
+        return claim
 
     async def _sealed(self, shown: PairShown, body: VerdictRequest, trace: tuple[str, str]) -> PreferenceRecorded:
         """The verdict's event as it is written everywhere. Raises Gone for who is forgotten, or Unavailable."""
@@ -143,14 +148,12 @@ class Preferences:
             return await private.sealed(await _redacted_notes(private, event), key_id)
         except Forgotten as error:
             raise Gone("What this pair showed was erased with its user's data.", code="erased") from error
-        except (KeyUnusable, KeysAway) as error:
+        except (KeyUnusable, KeysAway, OSError) as error:
             message = "What this pair showed cannot be read now; nothing was acknowledged."
             raise Unavailable(message, code="keys_unavailable", retry_after_s=1.0) from error
 
-    async def _settle(self, claim: Claim, body: VerdictRequest, caller: Caller, span: Span) -> Receipt:
+    async def _settle(self, claim: Claim, body: VerdictRequest, caller: Caller) -> Receipt:
         """Claim, and append where that is not the same step; or wait for whoever does."""
-        span.set_attribute("preference.id", claim.event.event_id)
-        span.add_event("gen_ai.evaluation.result", {"preference.outcome": claim.event.outcome})
         give_up_s = time.monotonic() + 2 * self._lease_s
         while time.monotonic() < give_up_s:
             made = await self._claims.make(claim)

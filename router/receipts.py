@@ -13,7 +13,7 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from router.admission import Caller
-from router.claims import Claims, Verdict
+from router.claims import Claim, Claims
 from router.errors import Forbidden, NotFound, Unavailable
 from router.ledger import Ledger, found_soon
 from router.pairs import derived_id
@@ -65,7 +65,7 @@ class ReceiptBook:
     async def read(self, preference_id: str, caller: Caller) -> Timeline:
         """How far the verdict has come. Raises NotFound, Forbidden or Unavailable."""
         try:
-            fields, verdict = await self._find(preference_id, caller)
+            fields, claim = await self._find(preference_id, caller)
         except (RedisError, OSError) as error:
             raise _unreadable() from error
         stages = tuple(timeline(fields))
@@ -73,9 +73,9 @@ class ReceiptBook:
             id=preference_id,
             pair_id=fields[b"pair_id"].decode(),
             status=_status(stages),
-            choice=verdict.claim.choice if verdict else None,
+            choice=claim.choice if claim else None,
             stages=stages,
-            revealed=revealed(verdict.claim.event) if verdict else None,
+            revealed=revealed(claim.event) if claim else None,
         )
 
     async def retract(self, preference_id: str, caller: Caller) -> Timeline:
@@ -100,7 +100,7 @@ class ReceiptBook:
         key, at = receipt_key(preference_id), event.occurred_at.isoformat()
         await cast(Any, self._redis.hsetnx(key, "retracted_at", at))
 
-    async def _find(self, preference_id: str, caller: Caller) -> tuple[dict[bytes, bytes], Verdict | None]:
+    async def _find(self, preference_id: str, caller: Caller) -> tuple[dict[bytes, bytes], Claim | None]:
         is_written = await self._claims.marked(preference_id)
         fields = await found_soon(lambda: self._accepted(preference_id))
         if fields is None and not is_written:
@@ -110,10 +110,10 @@ class ReceiptBook:
             raise Unavailable("This receipt is being written.", code="state_unavailable", retry_after_s=1.0)
         if fields is None:
             raise NotFound("There is no such preference.", code="preference_not_found")
-        verdict = await self._claims.verdict(fields[b"pair_id"].decode())
-        if verdict and verdict.claim.caller != caller.name:
+        claim = await self._claims.verdict(fields[b"pair_id"].decode())
+        if claim and claim.caller != caller.name:
             raise Forbidden("This verdict was given with another key.")
-        return fields, verdict
+        return fields, claim
 
     async def _is_claimed(self, preference_id: str) -> bool:
         pair_id = await cast(Any, self._redis.hget(receipt_key(preference_id), "pair_id"))

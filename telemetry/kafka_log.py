@@ -1,11 +1,11 @@
 """The production event log: Kafka, an idempotent producer with acks=all, a reader without a consumer group.
 
 ``append`` never blocks: a writer thread connects, makes topics, hands what has gathered to the producer, and resolves
-the futures when all of it is acknowledged. (From the client's own thread, one by one, each would wake its waiter while
-the client wants the interpreter too: that took a third of a busy router's time.) After a failed delivery the producer
-is replaced, so that no sequence gap outlives it. The reader assigns partitions by itself and starts where its caller
-says. A topic that was re-created and has already grown past the old position cannot be told from the old one: Kafka's
-offsets start at 0 again.
+the futures when all of it is acknowledged. (One by one, from the client's own thread, each would wake its waiter while
+the client wants the interpreter too.) A failure is told at once, by the client's thread. After a failed delivery the
+producer is replaced, so that no sequence gap outlives it. The reader assigns partitions by itself and starts where its
+caller says. A topic that was re-created and has already grown past the old position cannot be told from the old one:
+Kafka's offsets start at 0 again.
 """
 
 from __future__ import annotations
@@ -143,6 +143,7 @@ class KafkaLog:
         self._is_over = threading.Event()
         threading.Thread(target=self._watch, name="kafka-log-watch", daemon=True).start()
         # The writer thread's own:
+        self._handed: list[Handed] = []  # to the producer, in order; not told yet
         self._producer: KafkaProducer | None = None
         self._topics: set[str] = set()  # known to exist
         self._trouble: Exception | None = None  # why the last try to hand over an entry failed
@@ -167,23 +168,28 @@ class KafkaLog:
         is_last = False
         while not is_last:
             group, is_last = self._queue.get_group(MAX_GROUP)
-            handed = list[Handed]()
             for item in group:
                 try:
-                    if (sent := self._send(item)) is not None:
-                        handed.append((item, sent))
+                    self._send(item)
                 except Exception as error:
                     log.exception("an entry was not sent", extra={"action": "append_failed", "topic": item.topic})
                     self._queue.fail(item.future, _unavailable(error))
-            self._settle(handed)
+            self._settle()
         self._drop_producer(flush_s=self._timeout_s)
 
-    def _send(self, item: Append) -> Any:
-        """Hand the entry to the producer, connecting as long as it has time; the client's future, None if it failed."""
+    def _send(self, item: Append) -> None:
+        """Hand the entry to the producer, connecting as long as the entry has time.
+
+        What was handed over before is settled before anything is done to its producer: another one could be quicker
+        with this entry than the old one with the news that those before it have failed.
+        """
         while not item.future.done():  # it may have been given up
             if self._trouble is not None and time.monotonic() > item.deadline:
                 self._queue.fail(item.future, _unavailable(self._trouble))
-                return None
+                return
+            if self._handed and not self._is_connected(item.topic):
+                self._settle()
+                continue
             try:
                 producer = self._connected(item.topic)
                 reach("producer.handing_over")
@@ -193,15 +199,22 @@ class KafkaLog:
                     sent = producer.send(self._cluster.name(item.topic), item.payload, item.key.encode())
             except (KafkaError, OSError, ValueError) as error:  # ValueError: partitions not known yet
                 self._trouble = error
+                self._settle()
                 self._drop_producer()
                 time.sleep(RECONNECT_S)
                 continue
             self._trouble = None
-            return sent
-        return None
+            self._handed.append((item, sent))
+            sent.add_errback(self._on_failed, item)
+            return
 
-    def _settle(self, handed: Sequence[Handed]) -> None:
-        """Wait until all of these are acknowledged, then say so; from the first that is not, all have failed."""
+    def _on_failed(self, item: Append, error: BaseException) -> None:
+        """The client's thread: before another entry of this key can be handed over."""
+        self._give_up(item.future, error)
+
+    def _settle(self) -> None:
+        """Wait until all that was handed over is acknowledged, and say so; what is behind a failure has failed, too."""
+        handed, self._handed = self._handed, []
         acknowledged: list[Any] = []
         failure: Exception | None = None
         for item, sent in handed:
@@ -209,7 +222,7 @@ class KafkaLog:
                 acknowledged.append(sent.get(timeout=self._most_s))
             except Exception as error:
                 if not isinstance(error, KafkaError):  # nothing that the client is known to raise
-                    log.exception("an entry was not sent", extra={"action": "append_failed", "topic": item.topic})
+                    log.exception("not acknowledged", extra={"action": "append_failed", "topic": item.topic})
                 failure = error
                 break
         if acknowledged:
@@ -224,6 +237,9 @@ class KafkaLog:
         with self._queue.failing:
             self._has_failed.set()
             self._queue.fail(future, _unavailable(error))
+
+    def _is_connected(self, topic: str) -> bool:
+        return self._producer is not None and topic in self._topics and not self._has_failed.is_set()
 
     def _connected(self, topic: str) -> KafkaProducer:
         """A producer that has not failed yet, with ``topic`` known to exist."""

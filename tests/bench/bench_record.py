@@ -42,7 +42,7 @@ from tests.bench.bench_gateway import process
 from tests.servers import RedisServer
 
 WORKERS, CONNECTIONS, ROUNDS, ROUND_S = 2, 128, 5, 8
-USERS, PAIRS_PREPARED = 50, 24_000
+USERS, PAIRS_PREPARED = 50, 32_000
 BACKLOG, KAFKA_BACKLOG, MILLION = 200_000, 100_000, 1_000_000
 TRICKLE_S, TRICKLE_PER_S = 40.0, 100
 START_S = 120.0
@@ -53,6 +53,7 @@ wrk.method = "POST"
 wrk.headers["Content-Type"] = "application/json"
 request = function()
   at = at + 1
+  if at > #bodies then error("more verdicts than pairs: raise PAIRS_PREPARED") end
   return wrk.format(nil, nil, nil, bodies[at])
 end
 done = function(summary, latency, requests)

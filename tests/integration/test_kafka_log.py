@@ -19,6 +19,7 @@ from telemetry.config import TelemetryConfig, open_log
 from telemetry.event_log import Entry, LogUnavailable
 from telemetry.events import PREFERENCES, VERSIONS
 from telemetry.kafka_log import KafkaLog, cluster_of
+from telemetry.outbox import OutboxLog
 
 
 def test_preferences_are_spread_over_partitions_and_versions_stay_in_one(kafka_config: TelemetryConfig) -> None:
@@ -172,12 +173,13 @@ def test_a_producer_that_cannot_be_closed_stops_nothing(
 
 
 @pytest.mark.parametrize("error", [KafkaTimeoutError("no answer"), RuntimeError("nobody thought of this")])
-def test_of_a_group_under_way_all_fail_from_the_first_that_does(
-    kafka_config: TelemetryConfig, monkeypatch: pytest.MonkeyPatch, error: Exception
+def test_what_fails_in_a_group_lets_nothing_of_its_key_overtake_it(
+    kafka_config: TelemetryConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: Exception
 ) -> None:
     log = open_log(kafka_config)
     assert isinstance(log, KafkaLog)
-    log.append(PREFERENCES, "k", b"first").result(timeout=20)
+    outbox = OutboxLog(log, tmp_path / "outbox")
+    outbox.append(PREFERENCES, "k", b"first").result(timeout=20)
     go_on, connected, send = threading.Event(), log._connected, log._producer.send
 
     def waits(topic: str) -> Any:
@@ -192,12 +194,39 @@ def test_of_a_group_under_way_all_fail_from_the_first_that_does(
 
     monkeypatch.setattr(log, "_connected", waits)
     monkeypatch.setattr(log._producer, "send", fails)
-    held = log.append(PREFERENCES, "k", b"held")
-    before, bad, behind = (log.append(PREFERENCES, name, name.encode()) for name in ("before", "bad", "behind"))
+    payloads = [b"held", b"before", b"bad", b"behind", b"last"]
+    durable = [outbox.append(PREFERENCES, "k", payload) for payload in payloads]
     go_on.set()
-    assert [future.result(timeout=20).topic for future in (held, before)] == [PREFERENCES] * 2, "these came through"
-    for future in (bad, behind):
-        with pytest.raises(LogUnavailable, match=str(error)):
-            future.result(timeout=20)
-    assert log.append(PREFERENCES, "k", b"next").result(timeout=20).topic == PREFERENCES, "with another producer"
+    assert durable[2].result(timeout=20).where == "outbox"
+    assert {future.result(timeout=20).where for future in durable[3:]} == {"outbox"}
+    assert all(future.result(timeout=20) for future in durable)
+    reader, found = log.reader([PREFERENCES], {}), list[bytes]()
+    deadline = time.monotonic() + 20
+    while b"last" not in found and time.monotonic() < deadline:
+        found += [entry.payload for entry in reader.poll(max_entries=100, timeout_s=0.5)]
+    reader.close()
+    outbox.close()
+    assert list(dict.fromkeys(found)) == [b"first", *payloads], "some may be there twice"
+
+
+def test_an_entry_that_is_acknowledged_does_not_wait_for_a_topic_that_cannot_be_made(
+    kafka_config: TelemetryConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = open_log(kafka_config)
+    assert isinstance(log, KafkaLog)
+    log.append(PREFERENCES, "k", b"first").result(timeout=20)
+    go_on, come_on, connected = threading.Event(), threading.Event(), log._connected
+
+    def waits(topic: str) -> Any:
+        (go_on if topic == VERSIONS else come_on).wait()
+        return connected(topic)
+
+    monkeypatch.setattr(log, "_connected", waits)
+    held = log.append(PREFERENCES, "k", b"held")
+    verdict, version = log.append(PREFERENCES, "k", b"verdict"), log.append(VERSIONS, "v", b"version")
+    come_on.set()
+    assert [future.result(timeout=4).topic for future in (held, verdict)] == [PREFERENCES] * 2
+    assert not version.done()
+    go_on.set()
+    assert version.result(timeout=20).topic == VERSIONS
     log.close()

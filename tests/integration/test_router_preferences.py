@@ -393,3 +393,50 @@ async def test_a_claim_is_its_own_append_where_the_log_is_the_same_redis(
     again = await claims.make(Claim("a", "", event))
     assert (again.durable_before, again.is_ours, again.durable) == (durable, False, "")
     assert (await stack.redis.hexists(f"tiebreak:receipt:{event.event_id}", "accepted_at")) == entries
+
+
+async def test_marks_of_several_verdicts_are_each_their_own(stack: Stack) -> None:
+    """One of them is in an outbox, one the recorder has written before."""
+    redis = stack.redis
+    ledger = Ledger(None, redis, Gathered(redis), None, PLAIN, completion_ttl_s=1)  # type: ignore[arg-type]
+    claims = Claims(redis, ledger, ttl_s=60, lease_s=5, embedded_log=False)
+    pairs = [(await stack.pair())["preference"]["pair_id"] for _ in range(3)]
+    shown = {event.pair_id: event for event in await stack.events(PairShown, expected=3)}
+    body = VerdictRequest(pair_id="", token="", choice="a")
+    events = [to_preference(shown[pair], body, at=utc_now()) for pair in pairs]
+    for event in events:
+        assert (await claims.make(Claim("a", "", event))).is_ours
+    await redis.hset(f"tiebreak:receipt:{events[2].event_id}", "accepted_at", "before")
+    for event, durable in zip(events, ("log", "outbox", "log"), strict=True):
+        claims.mark(event, durable)
+    ledger.is_ending = True
+    await ledger.settled()
+    for event, durable in zip(events, ("log", "outbox", "log"), strict=True):
+        again = await claims.make(Claim("b", "", event))
+        assert (again.claim.choice, again.durable_before, again.is_ours) == ("a", durable, False)
+        assert not await redis.exists(f"tiebreak:verdict-lock:{event.pair_id}")
+        fields = await redis.hgetall(f"tiebreak:receipt:{event.event_id}")
+        accepted_at = b"before" if event is events[2] else event.occurred_at.isoformat().encode()
+        assert fields == {
+            b"pair_id": event.pair_id.encode(), b"user": event.user.encode(), b"accepted_at": accepted_at,
+            b"durable": durable.encode(),
+        }  # fmt: skip
+
+
+async def test_a_replay_needs_no_key_and_a_first_verdict_does(stack: Stack) -> None:
+    given, late = await stack.pair(), await stack.pair()
+    assert (await stack.click(given, "a"))[0] == 201
+    keys = stack.telemetry.state_path / "keys" / "people"
+    keys.rename(keys.with_name("away"))
+    keys.mkdir()
+    try:
+        status, receipt = await stack.click(given, "a")
+        assert (status, receipt["replayed"]) == (200, True)
+        status, body = await stack.click(given, "b")
+        assert (status, body["error"]["code"]) == (409, "verdict_conflict")
+        status, body = await stack.click(late, "a")
+        assert (status, body["error"]["code"]) == (503, "keys_unavailable")
+    finally:
+        keys.rmdir()
+        keys.with_name("away").rename(keys)
+    assert (await stack.click(late, "a"))[0] == 201

@@ -209,8 +209,8 @@ class FakeRedis:
                 return await script(keys=list(words[3:first]), args=list(words[first:]))
             case "GET":
                 return await self.get(words[1])
-            case "HMGET":
-                return await self.hmget(words[1], list(words[2:]))
+            case "HGET":
+                return await self.hget(words[1], words[2])
         raise AssertionError(f"the simulation's Redis does not know {words[0]}")
 
     async def _claim(self, *, keys: list[str], args: list[Any]) -> tuple[bytes, bytes, int, bytes]:
@@ -254,10 +254,6 @@ class FakeRedis:
     async def get(self, key: str) -> bytes | None:
         self._trouble()
         return self._get(key)
-
-    async def hmget(self, key: str, fields: list[str]) -> list[bytes | None]:
-        self._trouble()
-        return [self.hashes.get(key, {}).get(field.encode()) for field in fields]
 
     async def hget(self, key: str, field: str) -> bytes | None:
         self._trouble()
