@@ -13,7 +13,7 @@ from typing import Any, Final, TypeVar
 
 from telemetry.conversation import prompt_cluster
 from telemetry.events import Message
-from telemetry.people import Forgotten, KeysAway, KeyUnusable, PersonKey
+from telemetry.people import Forgotten, KeysAway, KeyUnusable
 from telemetry.redaction import Redactor
 from telemetry.sealing import SHAPES, Sealer, Shape
 
@@ -60,31 +60,29 @@ class Private:
         """The event as it is written. Raises one of NOT_TO_BE_READ."""
         if type(event) not in SHAPES or event.sealed is not None or not self.sealer.is_sealing:  # type: ignore[attr-defined]
             return event
-        key = await self._unwrapped(event.user)  # type: ignore[attr-defined]
-        return self.sealer.seal(event, key_id=key_id, key=key)  # type: ignore[type-var]
+        await self._unwrapped(event.user)  # type: ignore[attr-defined]
+        return self.sealer.seal(event, key_id=key_id)  # type: ignore[type-var]
 
     async def opened(self, event: R) -> R:
         """The event with its texts. Raises one of NOT_TO_BE_READ."""
         if type(event) not in SHAPES or event.sealed is None:  # type: ignore[attr-defined]
             return event
-        key = await self._unwrapped(event.user)  # type: ignore[attr-defined]
-        return self.sealer.open(event, key=key)  # type: ignore[type-var]
+        await self._unwrapped(event.user)  # type: ignore[attr-defined]
+        return self.sealer.open(event)  # type: ignore[type-var]
 
     async def sealed_bytes(self, user: str, text: bytes, name: str, key_id: str) -> bytes:
         """``text`` as it is written. Raises one of NOT_TO_BE_READ."""
-        key = await self._unwrapped(user) if self.sealer.is_sealing else None
-        return self.sealer.seal_bytes(user, text, name, key_id=key_id, key=key)
+        if self.sealer.is_sealing:
+            await self._unwrapped(user)
+        return self.sealer.seal_bytes(user, text, name, key_id=key_id)
 
     async def opened_bytes(self, sealed: bytes, name: str) -> bytes:
         """The inverse of ``sealed_bytes``; whose key is needed stands in them."""
         return await asyncio.to_thread(self.sealer.open_bytes, sealed, name)
 
-    async def _unwrapped(self, user: str) -> PersonKey | None:
-        """The user's key, if there is one; at hand, or from a thread. Raises KeyUnusable or KeysAway."""
-        keys = self.sealer.keys
-        if keys is None:
-            return None
-        return keys.at_hand(user) or await asyncio.to_thread(keys.find, user)
+    async def _unwrapped(self, user: str) -> None:
+        if self.sealer.keys is not None and self.sealer.must_wait(user):
+            await asyncio.to_thread(self.sealer.keys.find, user)
 
     async def _run(self, chars: int, redact: Any, *arguments: Any) -> Any:
         if self._redactor.has_hook or chars > LONG_CHARS:

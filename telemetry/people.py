@@ -154,12 +154,9 @@ class PersonKeys:
             self._kept.popitem(last=False)
         return key
 
-    def known(self, person: str, key_id: str = "", key: PersonKey | None = None) -> PersonKey:
-        """The key called ``key_id``, or whichever there is; ``key`` is what was found just now, if anything was.
-
-        Raises Forgotten where it was erased, else KeyUnusable.
-        """
-        key = key or self.find(person)
+    def known(self, person: str, key_id: str = "") -> PersonKey:
+        """The key called ``key_id``, or whichever there is. Raises Forgotten where it was erased, else KeyUnusable."""
+        key = self.find(person)
         if key is not None and key_id in ("", key.id):
             return key
         if self.is_erased(person, key_id) if key_id else self._tombstone(person).exists():
@@ -252,7 +249,7 @@ class PersonKeys:
     def _mark(self, person: str) -> tuple[int, int] | None:
         """What tells one key file from another that took its place."""
         try:
-            found = os.stat(f"{self._people}/{_file_name(person)}")  # for each event: no Path is made for it
+            found = os.stat(f"{self._people}/{_file_name(person)}")  # four times a verdict: no Path is made for it
         except FileNotFoundError:
             return None
         return found.st_ino, found.st_mtime_ns

@@ -70,8 +70,12 @@ class Sealer:
         """The id of the person's key as it is now, "" for none; asks no provider. Raises KeyUnusable, or OSError."""
         return self.keys.id_of(person) if self.keys is not None and self.is_sealing else ""
 
-    def seal(self, event: R, *, key_id: str = "", key: PersonKey | None = None) -> R:
-        """The event without its texts, and these sealed within it; ``key`` is the person's, if it is at hand.
+    def must_wait(self, person: str) -> bool:
+        """Whether the person's key has to be unwrapped before anything can be sealed or opened."""
+        return self.keys is not None and self.keys.at_hand(person) is None
+
+    def seal(self, event: R, *, key_id: str = "") -> R:
+        """The event without its texts, and these sealed within it.
 
         Raises Forgotten where the person's key (``key_id``, if it is named) was erased, KeyUnusable where it is lost,
         or KeysAway.
@@ -79,16 +83,13 @@ class Sealer:
         shape = SHAPES.get(type(event))
         if shape is None:
             return event
-        sealed: R = self.seal_record(event, shape, name=event.event_id, key_id=key_id, key=key)  # type: ignore[attr-defined]
+        sealed: R = self.seal_record(event, shape, name=event.event_id, key_id=key_id)  # type: ignore[attr-defined]
         return sealed
 
-    def open(self, event: R, *, key: PersonKey | None = None) -> R:
+    def open(self, event: R) -> R:
         """The event with its texts. Raises Forgotten, KeyUnusable or KeysAway."""
         shape = SHAPES.get(type(event))
-        if shape is None:
-            return event
-        opened: R = self.open_record(event, shape, name=event.event_id, key=key)  # type: ignore[attr-defined]
-        return opened
+        return event if shape is None else self.open_record(event, shape, name=event.event_id)  # type: ignore[attr-defined]
 
     def opened(self, rows: Iterable[Mapping[str, Any]]) -> Iterator[Any]:
         """The events in the store's ``rows`` with their texts; without those of people who are forgotten."""
@@ -96,13 +97,11 @@ class Sealer:
             with suppress(Forgotten):
                 yield self.open(decode(row["event"].encode()))
 
-    def seal_record(
-        self, record: Any, shape: Shape, *, name: str, key_id: str = "", key: PersonKey | None = None
-    ) -> Any:
+    def seal_record(self, record: Any, shape: Shape, *, name: str, key_id: str = "") -> Any:
         """``seal`` for a record of this shape, with ``user``, ``prompt`` and ``sealed``; ``name`` is its own alone."""
         if not self.is_sealing or record.sealed is not None:
             return record
-        key = self._key(record.user, key_id, key)
+        key = self._key(record.user, key_id)
         sides = [getattr(record, field) for field in shape.sides]
         content = _Content(
             record.prompt,
@@ -112,14 +111,14 @@ class Sealer:
         data = key.encrypt(_encoder.encode(content), _context(record, name))
         return bare(record, shape, Sealed(key.id, data))
 
-    def open_record(self, record: Any, shape: Shape, *, name: str, key: PersonKey | None = None) -> Any:
+    def open_record(self, record: Any, shape: Shape, *, name: str) -> Any:
         """The inverse of ``seal_record``."""
         sealed = record.sealed
         if sealed is None:
             return record
         if sealed == NOTHING:
             raise Forgotten()
-        key = self._key(record.user, sealed.key_id, key)
+        key = self._key(record.user, sealed.key_id)
         content = _contents.decode(key.decrypt(sealed.data, _context(record, name)))
         sides = {
             field: _with_words(getattr(record, field), words)
@@ -130,13 +129,11 @@ class Sealer:
             notes["reasons"] = tuple(notes["reasons"])
         return replace(record, prompt=content.prompt, sealed=None, **sides, **notes)
 
-    def seal_bytes(
-        self, person: str, text: bytes, name: str, *, key_id: str = "", key: PersonKey | None = None
-    ) -> bytes:
+    def seal_bytes(self, person: str, text: bytes, name: str, *, key_id: str = "") -> bytes:
         """``text`` for whoever has the person's key. Raises as ``seal``."""
         if not self.is_sealing:
             return text
-        key = self._key(person, key_id, key)
+        key = self._key(person, key_id)
         envelope = _Envelope(person, Sealed(key.id, key.encrypt(text, name.encode())))
         return MARK + _encoder.encode(envelope)
 
@@ -148,10 +145,10 @@ class Sealer:
         key = self._key(envelope.person, envelope.sealed.key_id)
         return key.decrypt(envelope.sealed.data, name.encode())
 
-    def _key(self, person: str, key_id: str, key: PersonKey | None = None) -> PersonKey:
+    def _key(self, person: str, key_id: str) -> PersonKey:
         if self.keys is None:
             raise KeyUnusable("this deployment has no keys: restore its folder keys/")
-        return self.keys.known(person, key_id, key)
+        return self.keys.known(person, key_id)
 
 
 def bare(record: Any, shape: Shape, sealed: Sealed = NOTHING) -> Any:

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from pathlib import Path
-from typing import Any
 
 import msgspec
-import pytest
-from kafka import KafkaAdminClient, TopicPartition  # type: ignore[import-untyped]
+from kafka import KafkaAdminClient  # type: ignore[import-untyped]
 from kafka.admin import ConfigResource, ConfigResourceType  # type: ignore[import-untyped]
-from kafka.errors import KafkaTimeoutError  # type: ignore[import-untyped]
-from kafka.producer.future import FutureProduceResult, FutureRecordMetadata  # type: ignore[import-untyped]
 
 from deploy.kafka.broker import Broker
 from telemetry.config import TelemetryConfig, open_log
-from telemetry.event_log import Entry, LogUnavailable
+from telemetry.event_log import Entry
 from telemetry.events import PREFERENCES, VERSIONS
-from telemetry.kafka_log import KafkaLog, cluster_of
-from telemetry.outbox import OutboxLog
+from telemetry.kafka_log import cluster_of
 
 
 def test_preferences_are_spread_over_partitions_and_versions_stay_in_one(kafka_config: TelemetryConfig) -> None:
@@ -118,115 +112,3 @@ def settings_of(broker: Broker, topic: str) -> dict[str, str]:
     (found,) = admin.describe_configs([ConfigResource(ConfigResourceType.TOPIC, topic)], config_filter="all").values()
     admin.close()
     return {name: entry["value"] for name, entry in found[topic].items()}
-
-
-def test_an_entry_that_the_client_says_nothing_of_is_given_up(
-    kafka_config: TelemetryConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    log = open_log(msgspec.structs.replace(kafka_config, append_timeout_s=0.5))
-    log.append(PREFERENCES, "k", b"one").result(timeout=20)
-    assert isinstance(log, KafkaLog)
-    go_on = threading.Event()
-    connected = log._connected
-
-    def waits(topic: str) -> Any:
-        go_on.wait()
-        return connected(topic)
-
-    monkeypatch.setattr(log, "_connected", waits)
-    stuck, queued = log.append(PREFERENCES, "k", b"two"), log.append(PREFERENCES, "k", b"three")
-    for future in (stuck, queued):
-        with pytest.raises(LogUnavailable, match="says nothing"):
-            future.result(timeout=20)
-    monkeypatch.undo()
-    go_on.set()
-    time.sleep(0.2)
-    assert log.append(PREFERENCES, "k", b"four").result(timeout=20).topic == PREFERENCES, "the writer lives"
-    log.close()
-
-
-def test_a_producer_that_cannot_be_closed_stops_nothing(
-    kafka_config: TelemetryConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With entries under way, kafka-python says so by an exception; it once ended the writer, and with it the log."""
-    log = open_log(kafka_config)
-    assert isinstance(log, KafkaLog)
-    log.append(PREFERENCES, "k", b"one").result(timeout=20)
-    close = log._producer.close
-
-    def refuses(**options: Any) -> None:
-        close(**options)
-        raise KafkaTimeoutError("Timeout waiting for future")
-
-    def knows_no_partitions(*_: Any) -> None:
-        raise KafkaTimeoutError("Failed to update metadata")
-
-    monkeypatch.setattr(log._producer, "close", refuses)
-    monkeypatch.setattr(log._producer, "send", knows_no_partitions)
-    assert log.append(PREFERENCES, "k", b"two").result(timeout=20).topic == PREFERENCES, "with another producer"
-    monkeypatch.setattr(log, "_connected", lambda _: {}["nobody thought of this"])
-    with pytest.raises(LogUnavailable, match="nobody thought"):
-        log.append(PREFERENCES, "k", b"three").result(timeout=20)
-    monkeypatch.undo()
-    assert log.append(PREFERENCES, "k", b"four").result(timeout=20).topic == PREFERENCES
-    log.close()
-
-
-@pytest.mark.parametrize("error", [KafkaTimeoutError("no answer"), RuntimeError("nobody thought of this")])
-def test_what_fails_in_a_group_lets_nothing_of_its_key_overtake_it(
-    kafka_config: TelemetryConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: Exception
-) -> None:
-    log = open_log(kafka_config)
-    assert isinstance(log, KafkaLog)
-    outbox = OutboxLog(log, tmp_path / "outbox")
-    outbox.append(PREFERENCES, "k", b"first").result(timeout=20)
-    go_on, connected, send = threading.Event(), log._connected, log._producer.send
-
-    def waits(topic: str) -> Any:
-        go_on.wait()
-        return connected(topic)
-
-    def fails(topic: str, payload: bytes, key: bytes) -> Any:
-        if payload != b"bad":
-            return send(topic, payload, key)
-        result = FutureProduceResult(TopicPartition(topic, 0))
-        return FutureRecordMetadata(result, 0, 0, None, 0, 0, 0).failure(error)
-
-    monkeypatch.setattr(log, "_connected", waits)
-    monkeypatch.setattr(log._producer, "send", fails)
-    payloads = [b"held", b"before", b"bad", b"behind", b"last"]
-    durable = [outbox.append(PREFERENCES, "k", payload) for payload in payloads]
-    go_on.set()
-    assert durable[2].result(timeout=20).where == "outbox"
-    assert {future.result(timeout=20).where for future in durable[3:]} == {"outbox"}
-    assert all(future.result(timeout=20) for future in durable)
-    reader, found = log.reader([PREFERENCES], {}), list[bytes]()
-    deadline = time.monotonic() + 20
-    while b"last" not in found and time.monotonic() < deadline:
-        found += [entry.payload for entry in reader.poll(max_entries=100, timeout_s=0.5)]
-    reader.close()
-    outbox.close()
-    assert list(dict.fromkeys(found)) == [b"first", *payloads], "some may be there twice"
-
-
-def test_an_entry_that_is_acknowledged_does_not_wait_for_a_topic_that_cannot_be_made(
-    kafka_config: TelemetryConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    log = open_log(kafka_config)
-    assert isinstance(log, KafkaLog)
-    log.append(PREFERENCES, "k", b"first").result(timeout=20)
-    go_on, come_on, connected = threading.Event(), threading.Event(), log._connected
-
-    def waits(topic: str) -> Any:
-        (go_on if topic == VERSIONS else come_on).wait()
-        return connected(topic)
-
-    monkeypatch.setattr(log, "_connected", waits)
-    held = log.append(PREFERENCES, "k", b"held")
-    verdict, version = log.append(PREFERENCES, "k", b"verdict"), log.append(VERSIONS, "v", b"version")
-    come_on.set()
-    assert [future.result(timeout=4).topic for future in (held, verdict)] == [PREFERENCES] * 2
-    assert not version.done()
-    go_on.set()
-    assert version.result(timeout=20).topic == VERSIONS
-    log.close()

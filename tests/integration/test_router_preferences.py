@@ -12,12 +12,7 @@ from typing import Any
 import pytest
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from router.claims import Claim, Claims
-from router.gathered import Gathered
-from router.ledger import Ledger
 from router.pairs import Ticket, preference_id, pseudonym, sign_ticket
-from router.preferences import to_preference
-from router.schema import VerdictRequest
 from telemetry import tracing
 from telemetry.config import TelemetryConfig, open_log
 from telemetry.event_log import EventLog, LogUnavailable, Offsets, Position, Reader
@@ -27,10 +22,9 @@ from telemetry.events import (
     PairShown,
     PreferenceRecorded,
     PreferenceRetracted,
-    utc_now,
 )
 from telemetry.process import signing_key
-from tests.router_stack import PLAIN, STABLE, Stack, fast, running_stack
+from tests.router_stack import STABLE, Stack, fast, running_stack
 from tests.servers import RedisServer
 
 
@@ -182,12 +176,12 @@ async def test_parallel_clicks_that_disagree_leave_one_verdict(stack: Stack) -> 
 
 
 async def test_parallel_clicks_on_two_routers_are_one_event(stack: Stack, telemetry_config: TelemetryConfig) -> None:
-    """Two workers of one deployment share nothing but Redis and the key."""
+    """Two workers of one deployment share nothing but Redis and the keys."""
     from msgspec.structs import replace
 
     other_state = telemetry_config.state_path / "worker-2"
-    (other_state / "keys").mkdir(parents=True)
-    (other_state / "keys" / "signing.key").write_bytes(signing_key(telemetry_config.state_path))
+    other_state.mkdir(parents=True)
+    (other_state / "keys").symlink_to(telemetry_config.state_path / "keys")
     second = replace(telemetry_config, state=str(other_state))
     async with running_stack(second) as other:
         answer = await stack.pair()
@@ -378,57 +372,13 @@ async def test_a_thumb_on_nothing_or_on_a_pair_is_refused(stack: Stack) -> None:
             assert (response.status, (await response.json())["error"]["code"]) == (404, "completion_not_found")
 
 
-@pytest.mark.parametrize(("embedded_log", "durable", "entries"), [(True, "log", 1), (False, "", 0)])
-async def test_a_claim_is_its_own_append_where_the_log_is_the_same_redis(
-    stack: Stack, embedded_log: bool, durable: str, entries: int
-) -> None:
-    pair = (await stack.pair())["preference"]["pair_id"]
-    shown = next(event for event in await stack.events(PairShown, expected=1) if event.pair_id == pair)
-    event = to_preference(shown, VerdictRequest(pair_id=pair, token="", choice="a"), at=utc_now())
-    ledger = Ledger(None, stack.redis, Gathered(stack.redis), None, PLAIN, completion_ttl_s=1)  # type: ignore[arg-type]
-    claims = Claims(stack.redis, ledger, ttl_s=60, lease_s=5, embedded_log=embedded_log)
-    made = await claims.make(Claim("a", "", event))
-    assert (made.durable_before, made.is_ours, made.durable) == ("", True, durable)
-    assert len(await stack.events(PreferenceRecorded, expected=entries)) == entries
-    again = await claims.make(Claim("a", "", event))
-    assert (again.durable_before, again.is_ours, again.durable) == (durable, False, "")
-    assert (await stack.redis.hexists(f"tiebreak:receipt:{event.event_id}", "accepted_at")) == entries
-
-
-async def test_marks_of_several_verdicts_are_each_their_own(stack: Stack) -> None:
-    """One of them is in an outbox, one the recorder has written before."""
-    redis = stack.redis
-    ledger = Ledger(None, redis, Gathered(redis), None, PLAIN, completion_ttl_s=1)  # type: ignore[arg-type]
-    claims = Claims(redis, ledger, ttl_s=60, lease_s=5, embedded_log=False)
-    pairs = [(await stack.pair())["preference"]["pair_id"] for _ in range(3)]
-    shown = {event.pair_id: event for event in await stack.events(PairShown, expected=3)}
-    body = VerdictRequest(pair_id="", token="", choice="a")
-    events = [to_preference(shown[pair], body, at=utc_now()) for pair in pairs]
-    for event in events:
-        assert (await claims.make(Claim("a", "", event))).is_ours
-    await redis.hset(f"tiebreak:receipt:{events[2].event_id}", "accepted_at", "before")
-    for event, durable in zip(events, ("log", "outbox", "log"), strict=True):
-        claims.mark(event, durable)
-    ledger.is_ending = True
-    await ledger.settled()
-    for event, durable in zip(events, ("log", "outbox", "log"), strict=True):
-        again = await claims.make(Claim("b", "", event))
-        assert (again.claim.choice, again.durable_before, again.is_ours) == ("a", durable, False)
-        assert not await redis.exists(f"tiebreak:verdict-lock:{event.pair_id}")
-        fields = await redis.hgetall(f"tiebreak:receipt:{event.event_id}")
-        accepted_at = b"before" if event is events[2] else event.occurred_at.isoformat().encode()
-        assert fields == {
-            b"pair_id": event.pair_id.encode(), b"user": event.user.encode(), b"accepted_at": accepted_at,
-            b"durable": durable.encode(),
-        }  # fmt: skip
-
-
-async def test_a_replay_needs_no_key_and_a_first_verdict_does(stack: Stack) -> None:
+@pytest.mark.parametrize("is_readable", [True, False])
+async def test_a_replay_needs_no_key_and_a_first_verdict_does(stack: Stack, is_readable: bool) -> None:
     given, late = await stack.pair(), await stack.pair()
     assert (await stack.click(given, "a"))[0] == 201
     keys = stack.telemetry.state_path / "keys" / "people"
     keys.rename(keys.with_name("away"))
-    keys.mkdir()
+    keys.mkdir() if is_readable else keys.touch()
     try:
         status, receipt = await stack.click(given, "a")
         assert (status, receipt["replayed"]) == (200, True)
@@ -437,6 +387,6 @@ async def test_a_replay_needs_no_key_and_a_first_verdict_does(stack: Stack) -> N
         status, body = await stack.click(late, "a")
         assert (status, body["error"]["code"]) == (503, "keys_unavailable")
     finally:
-        keys.rmdir()
+        keys.rmdir() if is_readable else keys.unlink()
         keys.with_name("away").rename(keys)
     assert (await stack.click(late, "a"))[0] == 201

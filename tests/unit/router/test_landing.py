@@ -56,7 +56,7 @@ async def test_an_error_is_the_waiters_and_who_has_left_is_left_alone() -> None:
     leaving.cancel()
     in_a_thread(lambda: abandoned.set_result(1), lambda: failing.set_exception(OSError("full")))
     with pytest.raises(OSError, match="full"):
-        await waiting
+        await asyncio.wait_for(waiting, 5)
     assert leaving.cancelled() and abandoned.result() == 1
 
 
