@@ -113,12 +113,13 @@ async def swaps(running: Fleet, engine: Engine) -> list[dict[str, Any]]:
     await asyncio.sleep(WARM_S)
     traffic.gaps.clear()
     await asyncio.sleep(QUIET_S)
-    quiet, traffic.gaps = [gap for _, gap in traffic.gaps], []
+    before, traffic.gaps = traffic.gaps, []
     begun = time.perf_counter()
     times = await swap_all(running, traffic)
     await until(lambda: traffic.served >= engine.requests, "too few answers", 600.0)
     traffic.is_over = True
     await asyncio.gather(*clients)
+    quiet = [gap for _, gap in before]  # only now: clients whose loop counts cannot tell when a token came
     during = [gap for at, gap in traffic.gaps if any(start <= at <= end for start, end in times)]
     asked = traffic.served + traffic.failures.total()
     took = [end - start for start, end in times]

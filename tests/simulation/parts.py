@@ -135,13 +135,15 @@ class Reader:
         world = self._log._world
         for topic in self._topics:
             for partition in range(PARTITIONS):
-                at = self._next.get((topic, partition), 0)
-                stored = self._log.entries.get((topic, partition), [])
-                most = len(stored) if world.is_calm else at + world.dice.randrange(6)
-                for offset in range(at, min(len(stored), most)):
+                place = topic, partition
+                stored, at = self._log.entries.get(place, ()), self._next.get(place, 0)
+                if at >= len(stored):
+                    continue
+                end = len(stored) if world.is_calm else min(len(stored), at + world.dice.randrange(6))
+                for offset in range(at, end):
                     key, payload = stored[offset]
                     found.append(Entry(Position(topic, partition, offset), key, payload))
-                self._next[topic, partition] = max(at, min(len(stored), most))
+                self._next[place] = end
         return found
 
     def lag(self) -> int:

@@ -8,11 +8,12 @@ import json
 import random
 from collections import Counter
 from collections.abc import Coroutine, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any, cast
 
 import msgspec
+from opentelemetry.trace import INVALID_SPAN
 from redis.exceptions import RedisError
 
 import online_trainer.trainer as training
@@ -31,7 +32,7 @@ from router.pairs import PAIR_KEY, PairMemory, RememberedPair, Ticket, preferenc
 from router.preferences import Preferences
 from router.schema import VerdictRequest
 from telemetry import tracing
-from telemetry.events import PREFERENCES, VERSIONS, PairShown, PreferenceRecorded, PreferenceRetracted
+from telemetry.events import PREFERENCES, VERSIONS, PreferenceRecorded, PreferenceRetracted
 from telemetry.receipts import Receipts, receipt_key
 from telemetry.recorder import Recorder
 from tests import examples
@@ -60,6 +61,14 @@ class Broken(AssertionError):
     """An invariant does not hold; the message names it, and the seed shows it again."""
 
 
+class Shown(msgspec.Struct, frozen=True):
+    """A pair, and what its user knows of it."""
+
+    choice: str
+    token: str
+    preference_id: str
+
+
 class Simulation:
     """The parts of one deployment, and what its users know."""
 
@@ -69,7 +78,7 @@ class Simulation:
         self.redis = FakeRedis(self.world)
         self.store = MemoryStore(self.world)
         self.disk, self.versions = Checkpoints(self.world), Versions(self.world)
-        self.shown: dict[str, tuple[PairShown, str]] = {}  # pair id → pair, choice
+        self.shown: dict[str, Shown] = {}  # by pair id
         self.tried: set[str] = set()
         self.answered: set[str] = set()  # that there is a verdict, and another one
         self.acknowledged: dict[str, str] = {}  # preference id → the choice that was acknowledged
@@ -132,7 +141,7 @@ class Simulation:
             dice.choice(acts)()
         self.world.is_calm = True
         for pair_id in sorted(self.shown):
-            if preference_id(pair_id) in self.acknowledged:
+            if self.shown[pair_id].preference_id in self.acknowledged:
                 continue  # who was told that it is recorded does not click again
             self.world.seconds += 2 * LEASE_S
             self._click(pair_id)
@@ -151,7 +160,9 @@ class Simulation:
         pair = msgspec.structs.replace(examples.pair(number), event_id=f"shown-{number}", occurred_at=self.world.now())
         remembered = msgspec.json.encode(RememberedPair(pair, ""))
         self.redis.values[PAIR_KEY + pair.pair_id] = (remembered, FOR_EVER_S)
-        self.shown[pair.pair_id] = (pair, self.world.dice.choice(("a", "b", "a", "b", "tie")))
+        choice = self.world.dice.choice(("a", "b", "a", "b", "tie"))
+        token = sign_ticket(KEY, Ticket(pair.pair_id, pair.user, FOR_EVER_S))
+        self.shown[pair.pair_id] = Shown(choice, token, preference_id(pair.pair_id))
 
     def click(self) -> None:
         """Somebody clicks, maybe again, maybe twice at once."""
@@ -160,12 +171,11 @@ class Simulation:
             self._click(pair_id, times=1 + self.world.happens(0.2))
 
     def _click(self, pair_id: str, *, times: int = 1) -> None:
-        pair, choice = self.shown[pair_id]
-        token = sign_ticket(KEY, Ticket(pair_id, pair.user, FOR_EVER_S))
-        name = preference_id(pair_id)
+        shown = self.shown[pair_id]
+        name = shown.preference_id
         self.tried.add(name)
-        choices = [OTHER[choice] if self.world.happens(0.1) else choice for _ in range(times)]
-        bodies = [VerdictRequest(pair_id=pair_id, token=token, choice=cast(Any, each)) for each in choices]
+        choices = [OTHER[shown.choice] if self.world.happens(0.1) else shown.choice for _ in range(times)]
+        bodies = [VerdictRequest(pair_id=pair_id, token=shown.token, choice=cast(Any, each)) for each in choices]
 
         async def clicks() -> list[Any]:
             answers = await asyncio.gather(*(_outcome(self.router.record(body, OPEN_CALLER)) for body in bodies))
@@ -193,8 +203,8 @@ class Simulation:
             return
         pair_id = self.world.dice.choice(sorted(self.shown))
         event = PreferenceRetracted(
-            event_id=f"retracted-{pair_id}", occurred_at=self.world.now(), preference_id=preference_id(pair_id),
-            pair_id=pair_id, user="u",
+            event_id=f"retracted-{pair_id}", occurred_at=self.world.now(), pair_id=pair_id, user="u",
+            preference_id=self.shown[pair_id].preference_id,
         )  # fmt: skip
         self.log.append(PREFERENCES, pair_id, events.encode(event))
 
@@ -308,7 +318,7 @@ def simulated(simulation: Simulation) -> Iterator[None]:
     changes += [(training, "checkpoint", simulation.disk.module())]
     changes += [(events, "random_bytes", ids.randbytes), (events, "time", SimpleNamespace(time_ns=world.nanoseconds))]
     changes += [(events, "datetime", SimpleNamespace(now=lambda _: world.now()))]
-    changes += [(tracing, "ids", lambda _: ("", ""))]
+    changes += [(tracing, "ids", lambda _: ("", "")), (tracing, "span", lambda *_, **__: nullcontext(INVALID_SPAN))]
     kept = [(module, name, getattr(module, name)) for module, name, _ in changes]
     for module, name, value in changes:
         setattr(module, name, value)
