@@ -12,7 +12,9 @@ import hashlib
 from collections.abc import Sequence
 from typing import Any, Final
 
+import hiredis
 from redis.asyncio import Redis
+from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import ConnectionError as RedisAway
 from redis.exceptions import NoScriptError, RedisError
 
@@ -78,6 +80,17 @@ class Gathered:
     def _fail(self, batch: list[Waiting], error: Exception) -> None:
         left, self._waiting = [*batch, *self._waiting], []
         _tell(left, [error] * len(left))
+
+
+def packing(given: type[AbstractConnection]) -> type[AbstractConnection]:
+    """``given`` with its commands packed by hiredis: redis-py does it in Python, in five times that."""
+
+    class Packing(given):  # type: ignore[misc, valid-type]
+        def pack_command(self, *args: Argument) -> list[bytes]:
+            words = str(args[0]).split() if isinstance(args[0], str) else args[:1]  # "SCRIPT LOAD" is two
+            return [hiredis.pack_command((*words, *args[1:]))]
+
+    return Packing
 
 
 def _tell(batch: list[Waiting], results: list[Any]) -> None:

@@ -21,7 +21,7 @@ from router.claims import Claims
 from router.config import RouterConfig, worker_name
 from router.consent import ConsentBook
 from router.erasure import Eraser
-from router.gathered import Gathered
+from router.gathered import Gathered, packing
 from router.ledger import Ledger
 from router.pairs import PairMemory
 from router.places import Places
@@ -127,7 +127,7 @@ def _queueing(client: Redis, connections: int, timeout_s: float) -> Redis:
     pool = BlockingConnectionPool(
         max_connections=connections,
         timeout=timeout_s,
-        connection_class=given.connection_class,
+        connection_class=packing(given.connection_class),
         **given.connection_kwargs,
     )
     return Redis.from_pool(pool)
