@@ -145,6 +145,7 @@ class KafkaLog:
         # The writer thread's own:
         self._handed: list[Handed] = []  # to the producer, in order; not told yet
         self._producer: KafkaProducer | None = None
+        self._unclosed: list[KafkaProducer] = []  # dropped with entries under way
         self._topics: set[str] = set()  # known to exist
         self._trouble: Exception | None = None  # why the last try to hand over an entry failed
 
@@ -175,6 +176,7 @@ class KafkaLog:
                     log.exception("an entry was not sent", extra={"action": "append_failed", "topic": item.topic})
                     self._queue.fail(item.future, _unavailable(error))
             self._settle()
+            self._close_dropped()
         self._drop_producer(flush_s=self._timeout_s)
 
     def _send(self, item: Append) -> None:
@@ -277,9 +279,20 @@ class KafkaLog:
         producer, self._producer = self._producer, None
         self._topics.clear()  # they may have to be made again
         if producer is not None:
-            with suppress(KafkaError):  # what it could not flush in time it has failed, or the watch will
-                producer.close(timeout=flush_s)
+            self._unclosed.append(producer)
+        self._close_dropped(flush_s)
         self._has_failed.clear()
+
+    def _close_dropped(self, flush_s: float = 0.0) -> None:
+        """End the threads of dropped producers; one with entries under way refuses until these have failed."""
+        dropped, self._unclosed = self._unclosed, []
+        for producer in dropped:
+            try:
+                producer.close(timeout=flush_s)
+            except KafkaError:  # what it could not flush in time it fails, or the watch does
+                self._unclosed.append(producer)
+            except Exception:  # the writer must live
+                log.exception("a producer was left as it is", extra={"action": "producer_not_closed"})
 
 
 def _unavailable(error: BaseException) -> LogUnavailable:

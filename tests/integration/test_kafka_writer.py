@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +16,9 @@ from kafka import TopicPartition  # type: ignore[import-untyped]
 from kafka.errors import KafkaTimeoutError  # type: ignore[import-untyped]
 from kafka.producer.future import FutureProduceResult, FutureRecordMetadata  # type: ignore[import-untyped]
 
+from deploy.kafka.broker import Broker
 from telemetry.config import TelemetryConfig, open_log
-from telemetry.event_log import LogUnavailable
+from telemetry.event_log import LogUnavailable, Position
 from telemetry.events import PREFERENCES, VERSIONS
 from telemetry.kafka_log import KafkaLog
 from telemetry.outbox import OutboxLog
@@ -26,6 +30,11 @@ def opened(config: TelemetryConfig) -> KafkaLog:
     assert isinstance(log, KafkaLog)
     log.append(PREFERENCES, "k", b"first").result(timeout=20)
     return log
+
+
+def producers() -> set[threading.Thread]:
+    """The threads of kafka-python's producers."""
+    return {thread for thread in threading.enumerate() if "producer" in thread.name}
 
 
 def gate(log: KafkaLog, monkeypatch: pytest.MonkeyPatch, of: str = PREFERENCES) -> threading.Event:
@@ -97,6 +106,48 @@ def test_a_producer_that_cannot_be_closed_stops_nothing(
     log.close()
 
 
+def test_a_producer_that_is_dropped_with_an_entry_under_way_ends_later(
+    kafka_broker: Broker, kafka_config: TelemetryConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its close is refused until that entry has failed; once it was left like that, with its thread and sockets."""
+    earlier = producers()
+    log = opened(msgspec.structs.replace(kafka_config, append_timeout_s=0.5))
+    dropped, send = producers() - earlier, log._producer.send
+
+    def fails(topic: str, payload: bytes, key: bytes) -> Any:
+        if payload == b"held":
+            return unanswered(topic).success(Position(topic, 0, 1))
+        if payload != b"bad":
+            return send(topic, payload, key)
+        sent = unanswered(topic)
+        threading.Timer(0.1, sent._produce_future.failure, [KafkaTimeoutError("no answer")]).start()
+        return sent
+
+    go_on = gate(log, monkeypatch)
+    monkeypatch.setattr(log._producer, "send", fails)
+    os.kill(kafka_broker.pid, signal.SIGSTOP)
+    try:
+        log.append(PREFERENCES, "k", b"held")  # the next two are a group
+        bad, under_way = log.append(PREFERENCES, "k", b"bad"), log.append(PREFERENCES, "k", b"under way")
+        go_on.set()
+        for future in (bad, under_way):
+            with pytest.raises(LogUnavailable):
+                future.result(timeout=20)
+        with pytest.raises(LogUnavailable):
+            log.append(PREFERENCES, "k", b"for another producer").result(timeout=20)
+    finally:
+        os.kill(kafka_broker.pid, signal.SIGCONT)
+    deadline = time.monotonic() + 20
+    while dropped & producers() and time.monotonic() < deadline:
+        with suppress(LogUnavailable):
+            log.append(PREFERENCES, "k", b"next").result(timeout=20)
+        time.sleep(0.1)
+    assert len(dropped) == 1 and not dropped & producers()
+    assert len(producers() - earlier) == 1
+    log.close()
+    assert producers() <= earlier
+
+
 @pytest.mark.parametrize("error", [KafkaTimeoutError("no answer"), RuntimeError("nobody thought of this")])
 def test_what_fails_in_a_group_lets_nothing_of_its_key_overtake_it(
     kafka_config: TelemetryConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: Exception
@@ -128,7 +179,7 @@ def test_nothing_goes_to_a_new_producer_before_it_is_known_what_became_of_the_ol
         if payload != b"slow":
             raise KafkaTimeoutError("Failed to update metadata")
         sent = unanswered(topic)
-        threading.Timer(0.8, sent.failure, [KafkaTimeoutError("no answer")]).start()
+        threading.Timer(0.8, sent._produce_future.failure, [KafkaTimeoutError("no answer")]).start()
         return sent
 
     go_on = gate(log, monkeypatch)
