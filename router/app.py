@@ -19,6 +19,17 @@ from starlette.routing import BaseRoute, Route
 from router import docs
 from router.admin import Command, HeldVersions, Order, Releases, checked_version, held_versions
 from router.admission import OPEN_CALLER, Caller
+from router.answers import (
+    ChatChunk,
+    ChatCompletion,
+    ConsentState,
+    FeedbackReceipt,
+    Health,
+    Model,
+    ModelList,
+    Receipt,
+    Timeline,
+)
 from router.assets import page
 from router.config import RouterConfig
 from router.erasure import Erasure
@@ -28,23 +39,7 @@ from router.http import EXCEPTION_HANDLERS, Edge, JsonResponse, read_body
 from router.models import find_model, list_models
 from router.openapi import Endpoint, Header, document
 from router.pairs import pseudonym
-from router.schema import (
-    ChatChunk,
-    ChatCompletion,
-    ChatRequest,
-    Consent,
-    ConsentState,
-    FeedbackReceipt,
-    FeedbackRequest,
-    Health,
-    Model,
-    ModelList,
-    Receipt,
-    ReleaseOrder,
-    Timeline,
-    VerdictRequest,
-    decode,
-)
+from router.schema import ChatRequest, Consent, FeedbackRequest, ReleaseOrder, VerdictRequest, decode
 from router.services import Services, keys_of, open_services
 from telemetry.config import TelemetryConfig
 from telemetry.manifest import VERSION_PATTERN

@@ -21,6 +21,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from router.admission import Admission, Caller
+from router.answers import PairOffer
 from router.arms import Arms, PairRatios, choose_arms, parse_model
 from router.backends import ReplicaPool
 from router.consent import ConsentBook, wants_pair
@@ -32,7 +33,7 @@ from router.ledger import Ledger
 from router.pairs import Ticket, pseudonym, sign_ticket
 from router.pressure import refuse
 from router.reference import References
-from router.schema import ChatLimits, ChatRequest, PairOffer, checked, decode
+from router.schema import ChatLimits, ChatRequest, checked, decode
 from router.stream import DONE, ChatStream, event
 from router.tables import Tables
 from router.visit import Visit

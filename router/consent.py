@@ -15,9 +15,10 @@ import msgspec
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
+from router.answers import ConsentState
 from router.errors import ConsentRequired, Unavailable
 from router.gathered import Gathered
-from router.schema import ChatRequest, ConsentState
+from router.schema import ChatRequest
 from telemetry.events import utc_now
 
 CONSENT_KEY: Final = "tiebreak:consent:"

@@ -13,14 +13,11 @@ from typing import Final
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from router.arms import Arm
-from router.errors import DeadlineExceeded, RouterError, Unavailable, UpstreamFailed
-from router.schema import (
+from router.answers import (
     AssistantMessage,
     CachedTokens,
     ChatChunk,
     ChatCompletion,
-    ChatRequest,
     ChoiceLogprobs,
     ChoiceOut,
     ChunkChoice,
@@ -34,6 +31,9 @@ from router.schema import (
     TopLogprobOut,
     Usage,
 )
+from router.arms import Arm
+from router.errors import DeadlineExceeded, RouterError, Unavailable, UpstreamFailed
+from router.schema import ChatRequest
 from serving.wire import Chunk, Sampling, TokenLogprob
 from telemetry.events import Completion, CompletionServed, Message
 from telemetry.randomness import random_bytes

@@ -5,10 +5,11 @@ from __future__ import annotations
 from redis.exceptions import RedisError
 
 from router.admission import Caller
+from router.answers import FeedbackReceipt
 from router.errors import Forbidden, Gone, NotFound, Unavailable
 from router.ledger import Ledger
 from router.pairs import derived_id, pseudonym
-from router.schema import FeedbackReceipt, FeedbackRequest
+from router.schema import FeedbackRequest
 from telemetry import metrics
 from telemetry.events import FeedbackRecorded
 from telemetry.people import Forgotten, KeysAway, KeyUnusable

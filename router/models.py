@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from router.answers import Model, ModelList
 from router.arms import Arm, pins
 from router.errors import NotFound
-from router.schema import Model, ModelList
 from telemetry.routing import RoutingTable
 
 

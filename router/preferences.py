@@ -20,13 +20,14 @@ from opentelemetry.trace import Span, SpanKind
 from redis.exceptions import RedisError
 
 from router.admission import Caller
+from router.answers import Receipt
 from router.claims import Claim, Claims
 from router.errors import Conflict, Forbidden, Gone, NotFound, RouterError, Unavailable
 from router.ledger import Ledger
 from router.pairs import PairMemory, RememberedPair, Ticket, preference_id, pseudonym, read_ticket
 from router.private import Private
 from router.receipts import ReceiptBook, receipt
-from router.schema import Receipt, VerdictRequest
+from router.schema import VerdictRequest
 from telemetry import metrics, tracing
 from telemetry.crashpoints import reach
 from telemetry.events import Completion, PairShown, PreferenceRecorded, utc_now

@@ -13,11 +13,11 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from router.admission import Caller
+from router.answers import Links, Receipt, Revealed, RevealedPair, Timeline
 from router.claims import Claim, Claims
 from router.errors import Forbidden, NotFound, Unavailable
 from router.ledger import Ledger, found_soon
 from router.pairs import derived_id
-from router.schema import Links, Receipt, Revealed, RevealedPair, Timeline
 from telemetry.events import Choice, Completion, PreferenceRecorded, PreferenceRetracted, utc_now
 from telemetry.receipts import Stage, receipt_key, timeline
 

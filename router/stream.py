@@ -5,9 +5,9 @@ from __future__ import annotations
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from router.answers import PairOffer, StreamedPair
 from router.exchange import Exchange
 from router.generation import Grown
-from router.schema import PairOffer, StreamedPair
 
 DONE = b"data: [DONE]\n\n"
 _encode = msgspec.json.Encoder().encode

@@ -23,8 +23,8 @@ from telemetry.redaction import Redactor
 from telemetry.store import verdicts
 from tests import examples
 from tests.integration.recording import RecorderProcess, stored_ids, wait_for
-from tests.integration.test_trainer import Bench
 from tests.router_stack import Stack, running_stack
+from tests.trainer_bench import Bench
 from tests.unit.serving.conftest import tiny_model as tiny_model
 
 SECRET, OTHERS = "heliotrope", "marigold"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from router.answers import FunctionCallOut
 from router.arms import Arm
 from router.exchange import Answer
-from router.schema import FunctionCallOut
 from serving.wire import CalledTool, Chunk, Sampling
 
 VERSION = "v000001-aaaaaaaa"
