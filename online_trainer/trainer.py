@@ -99,6 +99,7 @@ class Trainer:
         self._published_at: datetime | None = None  # the last version, or the last try at one
         self._learned_at = now()  # the last step on new verdicts
         self._oldest_drop_at: datetime | None = None
+        self._unsaved: list[str] = []  # encoded events that no checkpoint has: they must not be told yet
         self._is_unsaved = False  # something that the next checkpoint must not wait for a step with
         self._has_erased = False  # since the last checkpoint: older ones know whom
 
@@ -494,12 +495,14 @@ class Trainer:
 
     def _commit(self, events: Sequence[AnyEvent]) -> None:
         """Make the present state durable, with ``events`` in it, and then tell them."""
-        self._untold += [encode(event).decode() for event in events]
+        self._unsaved += [encode(event).decode() for event in events]
+        self._is_unsaved = True  # keys may be away: then the next turn tries again
         self._number += 1
         tensors = self._policy.tensors() | checkpoint.optimizer_tensors(self._learner.optimizer)
         tensors |= checkpoint.anchor_tensors(self._policy.anchor)
         kept = 1 if self._has_erased else self._config.keep_checkpoints
         checkpoint.save(self._folder, self._number, self._state(), tensors, kept)
+        self._untold, self._unsaved = [*self._untold, *self._unsaved], []
         self._is_unsaved = self._has_erased = False
         reach("trainer.checkpointed")
         self.tell()
@@ -521,7 +524,7 @@ class Trainer:
             intake=sealed(self._intake.state(), self._sealer),
             annotators=self._annotators.records(),
             flips=self._learner.flips if self._config.estimates else None,
-            untold=tuple(self._untold),
+            untold=(*self._untold, *self._unsaved),
         )
 
     def _fresh(self) -> TrainerState:

@@ -207,12 +207,18 @@ class KafkaLog:
                 continue
             self._trouble = None
             self._handed.append((item, sent))
-            sent.add_errback(self._on_failed, item)
+            sent.add_errback(self._on_failed, item, producer)
             return
 
-    def _on_failed(self, item: Append, error: BaseException) -> None:
-        """The client's thread: before another entry of this key can be handed over."""
-        self._give_up(item.future, error)
+    def _on_failed(self, item: Append, producer: KafkaProducer, error: BaseException) -> None:
+        """The client's thread: before another entry of this key can be handed over, or sent.
+
+        What waits in the client behind a batch that has failed it would send next, ahead of that one's next try. Its
+        public way to stop, ``close(timeout=0)``, refuses exactly then.
+        """
+        with self._queue.failing:
+            self._give_up(item.future, error)
+            producer._accumulator.abort_undrained_batches(error)
 
     def _settle(self) -> None:
         """Wait until all that was handed over is acknowledged, and say so; what is behind a failure has failed, too."""

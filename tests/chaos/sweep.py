@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -207,7 +208,7 @@ def said(sweep: Sweep, found: Findings, seconds: float) -> dict[str, object]:
         "kills_and_faults": sum(sweep.done.values()), "by_fault": dict(sweep.done), "not_reached": dict(sweep.missed),
         "events": found.events, "acknowledged": found.acknowledged, "appended": len(tried), "of_these_done": len(done),
         "verdicts": len(sweep.verdicts.acknowledged), "ends": dict(sweep.deployment.ends), "seconds": round(seconds),
-        **found.faults(), "is_clean": found.is_clean,
+        **found.faults(), "went_astray": found.went_astray, "is_clean": found.is_clean,
     }  # fmt: skip
 
 
@@ -216,6 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=1, help="of all points with all faults")
     parser.add_argument("--kill-rounds", type=int, default=0, help="further ones with SIGKILL alone")
     parser.add_argument("--writes-per-second", type=int, default=300)
+    parser.add_argument("--keep", type=Path, help="a folder that does not exist: state and logs, if anything is found")
     options = parser.parse_args(arguments)
     combinations = [(point, fault) for _ in range(options.rounds) for fault in FAULTS for point in POINTS]
     combinations += [(point, KILL) for _ in range(options.kill_rounds) for point in POINTS]
@@ -229,6 +231,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 sweep.run(combinations)
                 found = sweep.findings()
                 document = said(sweep, found, time.monotonic() - begun)
+                if options.keep and not found.is_clean:
+                    shutil.copytree(folder, options.keep, ignore=shutil.ignore_patterns("kafka", "redis", "*.sock"))
         finally:
             broker.kill()
     print(json.dumps(document))

@@ -169,6 +169,41 @@ def test_what_fails_in_a_group_lets_nothing_of_its_key_overtake_it(
     outbox.close()
 
 
+def test_what_waits_in_the_client_behind_a_batch_that_fails_is_not_sent(
+    kafka_broker: Broker, kafka_config: TelemetryConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two batches of one partition; an outbox will bring both again, in order, and none may be ahead of that."""
+    log = opened(msgspec.structs.replace(kafka_config, append_timeout_s=5.0))
+    send = log._producer.send
+
+    def sends(topic: str, payload: bytes, key: bytes) -> Any:
+        if payload == b"held":
+            return unanswered(topic).success(Position(topic, 0, 1))
+        if payload == b"behind":
+            time.sleep(0.2)  # the first has left
+        sent = send(topic, payload, key)
+        if payload == b"one":
+            threading.Timer(0.5, sent.failure, [KafkaTimeoutError("expired")]).start()
+        return sent
+
+    go_on = gate(log, monkeypatch)
+    monkeypatch.setattr(log._producer, "send", sends)
+    os.kill(kafka_broker.pid, signal.SIGSTOP)
+    try:
+        futures = [log.append(PREFERENCES, "k", payload) for payload in (b"held", b"one", b"behind")]
+        go_on.set()
+        for future in futures[1:]:
+            with pytest.raises(LogUnavailable):
+                future.result(timeout=20)
+    finally:
+        os.kill(kafka_broker.pid, signal.SIGCONT)
+    monkeypatch.undo()
+    time.sleep(1.0)
+    log.append(PREFERENCES, "k", b"last").result(timeout=20)
+    assert read_until(log, b"last") == [b"first", b"one", b"last"]
+    log.close()
+
+
 def test_nothing_goes_to_a_new_producer_before_it_is_known_what_became_of_the_old_ones(
     kafka_config: TelemetryConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

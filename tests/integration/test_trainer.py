@@ -21,6 +21,7 @@ from telemetry.events import (
     utc_now,
 )
 from telemetry.manifest import read_version
+from telemetry.people import KeysAway
 from telemetry.process import signing_key
 from tests.trainer_bench import Bench
 from tests.unit.online_trainer.kit import CONFIG, START, prompt_that_is, thumb, tiny_policy, verdict
@@ -279,6 +280,29 @@ def test_somebody_elses_version_in_store_and_log_changes_nothing(bench: Bench) -
     bench.turn()
     newest = bench.published()[-1]
     assert newest.parent == ours.version and newest.version.startswith("v000003-")
+
+
+def test_a_step_is_not_told_before_a_checkpoint_has_it(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys that are away fail the checkpoint; a trainer killed then would learn the step again, and tell it again."""
+
+    def away(*_: Any) -> Any:
+        raise KeysAway("no answer")
+
+    bench.append(*(verdict(n) for n in range(4)))
+    reader = bench.log.reader(bench.trainer.topics, {})
+    with monkeypatch.context() as patched:
+        patched.setattr("online_trainer.trainer.sealed", away)
+        with pytest.raises(KeysAway):
+            bench.trainer.turn(reader, timeout_s=0.05)
+    assert len(bench.trainer._lineage.preference_ids) == 4
+    bench.trainer.tell()
+    assert not bench.batches()
+    bench.trainer.turn(reader, timeout_s=0.05)
+    reader.close()
+    assert [batch.preference_ids for batch in bench.batches()] == [tuple(f"preference-{n}" for n in range(4))]
+    bench.start()
+    bench.turn(2)
+    assert len(bench.batches()) == 1
 
 
 def test_one_verdict_that_cannot_be_learned_from_is_dropped_and_the_others_are_learned(bench: Bench) -> None:

@@ -437,7 +437,7 @@ class SimulatedTrainer(Trainer):
         self.weights = self._policy = self._learner = Weights(world)  # type: ignore[assignment]
         self._examples, self._exam = Examples(), Exam(world)  # type: ignore[assignment]
         self._published_at, self._learned_at, self._oldest_drop_at = None, world.now(), None
-        self._is_unsaved = self._has_erased = False
+        self._unsaved, self._is_unsaved, self._has_erased = [], False, False
         number, payload, tensors = disk.newest or (0, b"", {})
         fresh = TrainerState(base_digest=DIGEST, lineage=Lineage(base_version(DIGEST)), intake=IntakeState())
         state = msgspec.json.decode(payload, type=TrainerState) if payload else fresh
