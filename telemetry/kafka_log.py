@@ -176,7 +176,6 @@ class KafkaLog:
                     log.exception("an entry was not sent", extra={"action": "append_failed", "topic": item.topic})
                     self._queue.fail(item.future, _unavailable(error))
             self._settle()
-            self._close_dropped()
         self._drop_producer(flush_s=self._timeout_s)
 
     def _send(self, item: Append) -> None:
@@ -185,6 +184,8 @@ class KafkaLog:
         What was handed over before is settled before anything is done to its producer: another one could be quicker
         with this entry than the old one with the news that those before it have failed.
         """
+        if self._unclosed:
+            self._close_dropped()
         while not item.future.done():  # it may have been given up
             if self._trouble is not None and time.monotonic() > item.deadline:
                 self._queue.fail(item.future, _unavailable(self._trouble))
@@ -297,8 +298,6 @@ class KafkaLog:
                 producer.close(timeout=flush_s)
             except KafkaError:  # what it could not flush in time it fails, or the watch does
                 self._unclosed.append(producer)
-            except Exception:  # the writer must live
-                log.exception("a producer was left as it is", extra={"action": "producer_not_closed"})
 
 
 def _unavailable(error: BaseException) -> LogUnavailable:

@@ -17,7 +17,7 @@ from pathlib import Path
 import msgspec
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 
-from telemetry.events import COMPLETIONS, PREFERENCES, VERSIONS, BatchTrained, PreferenceRecorded, VersionPublished
+from telemetry.events import COMPLETIONS, PREFERENCES, VERSIONS, BatchTrained, PreferenceRecorded
 from telemetry.store import counts, read
 
 
@@ -46,7 +46,7 @@ class Findings:
     trained_twice: frozenset[str]
     untrained: frozenset[str]
     refused: frozenset[str]  # for good, though their pair had just been offered
-    went_astray: int  # times that a guard took weights back, and what they had learned got another chance
+    went_astray: int  # times that a guard took weights back: then what they had learned is told twice, rightly
 
     @property
     def is_clean(self) -> bool:
@@ -85,7 +85,6 @@ def check(store: Path, verdicts: Verdicts, history: Path) -> Findings:
     acknowledged = done | verdicts.acknowledged
     every = tried.keys() | verdicts.tried
     trained, dropped = _trained(store)
-    again = _learned_again(store, history.parent / "trainer.log")
     return Findings(
         events=_count(store),
         acknowledged=len(acknowledged),
@@ -94,8 +93,8 @@ def check(store: Path, verdicts: Verdicts, history: Path) -> Findings:
         phantom=frozenset(stored.keys() - every),
         reordered=frozenset(_reordered(rows)),
         stale=frozenset(verdicts.stale),
-        trained_twice=frozenset(name for name, count in trained.items() if count > 1) - again,
-        went_astray=len(_astray(history.parent / "trainer.log")),
+        trained_twice=frozenset(name for name, count in trained.items() if count > 1),
+        went_astray=(history.parent / "trainer.log").read_text(errors="replace").count('"went_astray"'),
         untrained=frozenset(set(given) - trained.keys() - dropped),
         refused=frozenset(verdicts.refused),
     )
@@ -125,18 +124,3 @@ def _trained(store: Path) -> tuple[Counter[str], set[str]]:
     trained = Counter(name for row in rows for name in row["preference_ids"])
     dropped = {name for row in rows for name, _ in msgspec.json.decode(row["event"], type=BatchTrained).dropped}
     return trained, dropped
-
-
-def _astray(log: Path) -> list[str]:
-    """What the trainer said when a guard took its weights back."""
-    return [line for line in log.read_text(errors="replace").splitlines() if '"went_astray"' in line]
-
-
-def _learned_again(store: Path, log: Path) -> set[str]:
-    """Verdicts that only weights knew which went astray: told twice, and in one version at most."""
-    if not _astray(log):
-        return set()
-    rows = read(store, VERSIONS, columns=["preference_ids"], wanted=pc.field("type") == VersionPublished.__name__)
-    in_versions = Counter(name for names in rows["preference_ids"].to_pylist() for name in names)
-    trained, _ = _trained(store)
-    return {name for name, count in trained.items() if count > 1 and in_versions[name] == 1}
