@@ -8,7 +8,6 @@ SIGTERM stops every child and nothing else. ``STATE/run/status.json`` says at an
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import os
 import shutil
 import signal
@@ -16,10 +15,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import IO, TextIO
 
 from deploy import machine
 from deploy.config import Deployment, load, resolve
@@ -33,6 +30,7 @@ from serving.errors import ServerAway, ServerUnreachable
 from serving.model_server import how_to_start, probe
 from telemetry.configuration import InvalidConfiguration, convert_table
 from telemetry.events import utc_now
+from telemetry.process import HeldByAnother, hold
 
 TICK_S = 0.1
 FAILURES_AT_START = 3
@@ -86,27 +84,17 @@ def _check_model_servers(deployment: Deployment) -> None:
             raise CannotStart(f"[serving.bases.{name}]: {error}{mend}") from error
 
 
-@contextmanager
-def only_one(deployment: Deployment) -> Iterator[None]:
-    """Hold the state folder; it is free again when this process ends, however that happens."""
+def only_one(deployment: Deployment) -> IO[str]:
+    """Hold the state folder: closed, or at this process's end, it is free again. Raises CannotStart."""
     try:
         deployment.run_folder.mkdir(parents=True, exist_ok=True)
-        file = (deployment.run_folder / "lock").open("a+")
+        return hold(deployment.run_folder / "lock")
     except OSError as error:
         raise CannotStart(f"{deployment.state} cannot be written ({error}): choose a TIEBREAK_STATE.") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            raise CannotStart(
-                f"another stack (pid {file.read().strip() or 'unknown'}) runs on {deployment.state}: stop it, or "
-                "choose another TIEBREAK_STATE."
-            ) from error
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
+    except HeldByAnother as error:
+        raise CannotStart(
+            f"another stack (pid {error.pid}) runs on {deployment.state}: stop it, or choose another TIEBREAK_STATE."
+        ) from error
 
 
 class Stack:

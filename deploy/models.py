@@ -8,17 +8,16 @@ conversion runs in a child process, so that its caller never holds torch.
 
 from __future__ import annotations
 
-import fcntl
 import importlib.metadata
 import importlib.util
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from telemetry.process import hold
 
 FORMAT = 1  # raise it when a conversion writes something different
 FREE_BYTES = {"package": 700_000_000, "tiny": 5_000_000}  # the folder, its staging twin, and some air
@@ -55,21 +54,13 @@ def _prepared(spec: str, folder: Path) -> Path:
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _only_one(folder.with_name(f".{folder.name}.lock")):
+        with hold(folder.with_name(f".{folder.name}.lock"), wait=True):
             if not folder.is_dir():
                 _require_space(folder.parent, FREE_BYTES[spec.partition(":")[0]])
                 _convert_in_child(spec, folder)
     except OSError as error:
         raise ModelUnavailable(f"{spec}: cannot write {folder.parent}: {error}") from error
     return folder
-
-
-@contextmanager
-def _only_one(lock: Path) -> Iterator[None]:
-    """Hold an advisory lock; it ends with the process that holds it, however that ends."""
-    with lock.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _require_space(folder: Path, needed: int) -> None:

@@ -9,11 +9,12 @@ import sys
 import threading
 from contextlib import closing
 from pathlib import Path
+from typing import IO
 
 import torch
 
 from online_trainer.config import TrainerConfig
-from online_trainer.errors import TrainerError
+from online_trainer.errors import TrainerError, TrainerInUse
 from online_trainer.parallel import start
 from online_trainer.policy import load_policy
 from online_trainer.publish import VersionStore
@@ -25,7 +26,7 @@ from telemetry.configuration import InvalidConfiguration, read_table
 from telemetry.event_log import PositionLost
 from telemetry.manifest import base_digest
 from telemetry.people import KeysAway, KeyUnusable
-from telemetry.process import announce_ready, signing_key
+from telemetry.process import HeldByAnother, announce_ready, hold, signing_key
 
 log = logging.getLogger("online_trainer")
 STOPPING = (InvalidConfiguration, TrainerError, FileNotFoundError, PositionLost, KeyUnusable, KeysAway)
@@ -55,14 +56,15 @@ def serve(telemetry: TelemetryConfig, config: TrainerConfig, stop: threading.Eve
     torch.manual_seed(config.seed)
     provider = tracing.configure("trainer", otlp_endpoint=telemetry.otlp_endpoint)
     state, event_log = telemetry.state_path, open_log(telemetry)
-    with closing(start(config)) as helpers:  # first: they load while this process does
+    folder = state / "trainer" / config.variant
+    with closing(start(config)) as helpers, own(folder):  # helpers first: they load while this process does
         policy, tracker = load_policy(config), open_tracker(config, state / "trainer")
         trainer = Trainer(
             config,
             policy,
             event_log,
             VersionStore(state / "versions", config, signing_key(state)),
-            folder=state / "trainer" / config.variant,
+            folder=folder,
             base_digest=base_digest(Path(config.model)),
             sealer=open_sealer(telemetry),
             tracker=tracker,
@@ -75,6 +77,17 @@ def serve(telemetry: TelemetryConfig, config: TrainerConfig, stop: threading.Eve
             tracker.close()
             event_log.close()
             provider.shutdown()
+
+
+def own(folder: Path) -> IO[str]:
+    """The folder's lock, held until it is closed. Raises TrainerInUse."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        return hold(folder / "lock")
+    except HeldByAnother as error:
+        raise TrainerInUse(
+            f"another trainer (pid {error.pid}) learns on {folder}: stop it, or give this one another variant or state"
+        ) from error
 
 
 if __name__ == "__main__":

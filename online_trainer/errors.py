@@ -4,6 +4,7 @@ TrainerError
 ├── InvalidCheckpoint
 ├── IncompatibleAdapter
 ├── HelperLost
+├── TrainerInUse
 ├── TrackerMissing
 └── UnusableExamples
 """
@@ -27,6 +28,10 @@ class IncompatibleAdapter(TrainerError):
 
 class HelperLost(TrainerError):
     """A process that computes steps with the trainer ended or hangs; a new start takes the step again."""
+
+
+class TrainerInUse(TrainerError):
+    """Another trainer learns on this folder: two would take, and tell, every step twice."""
 
 
 class TrackerMissing(TrainerError):

@@ -105,16 +105,22 @@ class Admission:
 
     def check(self, caller: Caller) -> None:
         """Raise what ``enter`` would raise."""
-        if self._places.total(_ALL) >= self._limit:
+        if self._is_full(_ALL, self._limit):
             REJECTED.labels("overloaded").inc()
             raise Unavailable("The gateway is full: try again shortly.", code="overloaded", retry_after_s=1.0)
-        if self._keys and self._places.total(_of(caller)) >= self._limit_per_key:
+        if self._keys and self._is_full(_of(caller), self._limit_per_key):
             REJECTED.labels("concurrency").inc()
             raise TooManyRequests(retry_after_s=1.0)
 
     def leave(self, caller: Caller) -> None:
         """Give the place back."""
         self._count(caller, -1)
+
+    def _is_full(self, name: str, limit: int) -> bool:
+        if self._places.total(name) < limit:
+            return False
+        self._places.forget_the_dead()
+        return self._places.total(name) >= limit
 
     def _count(self, caller: Caller, change: int) -> None:
         self._places.add(_ALL, change)

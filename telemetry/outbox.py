@@ -8,7 +8,6 @@ one segment; consumers deduplicate by event_id. One process per folder.
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import queue
@@ -25,7 +24,7 @@ import msgspec
 
 from telemetry.crashpoints import reach
 from telemetry.event_log import EventLog, LogUnavailable, Offsets, Position, Reader
-from telemetry.process import sync
+from telemetry.process import HeldByAnother, hold, sync
 
 log = logging.getLogger(__name__)
 
@@ -87,13 +86,10 @@ def _write_all(file: IO[bytes], content: bytes) -> None:
 
 def _own(folder: Path) -> IO[str]:
     """The folder's lock, held until it is closed. Raises OutboxInUse."""
-    owner = (folder / "lock").open("w")
     try:
-        fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        owner.close()
+        return hold(folder / "lock")
+    except HeldByAnother as error:
         raise OutboxInUse(f"{folder}: {OutboxInUse.__doc__}") from error
-    return owner
 
 
 class Segments:

@@ -8,23 +8,20 @@ file, and overwriting it.
 
 from __future__ import annotations
 
-import fcntl
 import importlib
 import os
 import re
 import secrets
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Final, Protocol
+from typing import IO, Final, Protocol
 
 import msgspec
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.keywrap import InvalidUnwrap, aes_key_unwrap, aes_key_wrap
 
-from telemetry.process import secret_file, sync
+from telemetry.process import hold, secret_file, sync
 
 MOST_KEPT: Final = 10_000  # keys that a process has unwrapped, each as long as its file is the same
 NOBODY: Final = "nobody"  # whose key seals what belongs to no known person
@@ -220,12 +217,9 @@ class PersonKeys:
             staging.rename(self._path(person))
             sync(self._people)
 
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Nobody else makes or erases a key meanwhile."""
-        with (self._erased / ".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
+    def _alone(self) -> IO[str]:
+        """Until it is closed nobody else makes or erases a key."""
+        return hold(self._erased / ".lock", wait=True)
 
     def _write_tombstone(self, person: str, word: str) -> None:
         with self._tombstone(person).open("a") as tombstone:

@@ -1,4 +1,4 @@
-"""What every process of the stack does alike: announce readiness, own the deployment's key.
+"""What every process of the stack does alike: announce readiness, hold a folder, own the deployment's key.
 
 A ready-ack is a file ``<state>/run/<name>.ready`` with pid, url and time; the launcher waits for it.
 """
@@ -6,6 +6,7 @@ A ready-ack is a file ``<state>/run/<name>.ready`` with pid, url and time; the l
 from __future__ import annotations
 
 import atexit
+import fcntl
 import gc
 import os
 import sys
@@ -13,6 +14,7 @@ import tempfile
 from contextlib import suppress
 from importlib.abc import MetaPathFinder
 from pathlib import Path
+from typing import IO
 
 import msgspec
 
@@ -29,6 +31,32 @@ def announce_ready(state: Path, name: str, **info: str | int) -> None:
     staging = path.with_suffix(f".{os.getpid()}")
     staging.write_bytes(msgspec.json.encode(document))
     staging.rename(path)
+
+
+class HeldByAnother(RuntimeError):
+    """Another process holds a lock file."""
+
+    def __init__(self, path: Path, pid: str) -> None:
+        super().__init__(f"{path} is held by process {pid}")
+        self.pid = pid
+
+
+def hold(path: Path, *, wait: bool = False) -> IO[str]:
+    """The lock file at ``path``: held until it is closed or this process ends, however that happens.
+
+    Raises HeldByAnother, unless it is to ``wait``, and OSError where the file cannot be opened.
+    """
+    file = path.open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError as error:
+        with file:
+            file.seek(0)
+            raise HeldByAnother(path, file.read().strip() or "unknown") from error
+    with suppress(OSError):  # a full disk: the lock is what counts, not who has it
+        file.truncate(0)
+        os.write(file.fileno(), str(os.getpid()).encode())
+    return file
 
 
 def keep_what_is_loaded() -> None:

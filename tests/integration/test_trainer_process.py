@@ -127,6 +127,16 @@ def in_versions(log: EventLog) -> set[str]:
     return names
 
 
+def test_a_second_trainer_on_the_folder_ends_with_a_message(process: Process) -> None:
+    process.start()
+    assert process.process is not None
+    command = [sys.executable, "-m", "online_trainer", "--config", str(process.config)]
+    second = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert second.returncode == 1
+    assert f"another trainer (pid {process.process.pid}) learns on" in second.stderr
+    assert process.end(signal.SIGTERM) == 0
+
+
 def test_the_trainer_outlives_a_redis_that_dies_and_returns(
     telemetry_config: TelemetryConfig, process: Process, redis_server: RedisServer
 ) -> None:
