@@ -111,7 +111,8 @@ class TrainerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     # Guards of a version before it is published. When one of its numbers has turned, the weights go back to the version
     # before, and its verdicts get another chance (online_trainer/evaluate.py, astray): trigrams of probe answers that
     # repeat, more than the base's; their entropy as a share of the base's; how much less likely, in nats a token,
-    # chosen answers may become; perplexity of a fixed text as a multiple of the base's.
+    # chosen answers may become; perplexity of a fixed text as a multiple of the base's. Where probe answers have fewer
+    # than 32 tokens in all, their repetition is not judged.
     max_repetition_gain: float = 0.25
     min_entropy_ratio: float = 0.35
     max_chosen_drop: float = 1.0

@@ -23,6 +23,7 @@ from telemetry.events import Message
 from telemetry.text import distinct_ratio, repetition_ratio
 
 PROBE_TEMPERATURE = 0.7
+LEAST_SAID = 32  # tokens, all probe answers together: of fewer, one answer of four like marks is half repetition
 BINS = 5
 NOTHING = torch.empty(0)
 CAPABILITY = (
@@ -262,7 +263,8 @@ def astray(values: Mapping[str, float], config: TrainerConfig) -> str:
     entropy, base_entropy = values["probe_entropy"], values["base_probe_entropy"]
     perplexity, base_perplexity = values["capability_perplexity"], values["base_capability_perplexity"]
     drop = values.get("replay_chosen_drop", 0.0)
-    if repetition > base_repetition + config.max_repetition_gain:
+    has_said_enough = values["probe_length_tokens"] * len(config.probes) >= LEAST_SAID
+    if has_said_enough and repetition > base_repetition + config.max_repetition_gain:
         return f"answers repeat {repetition:.2f} of their trigrams, the base's {base_repetition:.2f}"
     if entropy < config.min_entropy_ratio * base_entropy:
         return f"answers are nearly fixed: {entropy:.2f} nats a token, the base's {base_entropy:.2f}"

@@ -405,7 +405,7 @@ CONFIG = TrainerConfig(
 
 
 GUARDED = (
-    "probe_repetition", "probe_entropy", "capability_perplexity",
+    "probe_repetition", "probe_length_tokens", "probe_entropy", "capability_perplexity",
     "base_probe_repetition", "base_probe_entropy", "base_capability_perplexity",
 )  # fmt: skip
 
@@ -420,7 +420,7 @@ class Exam:
         found, world = dict.fromkeys(GUARDED, 1.0), self._world
         if world.happens(0.1):
             world.note("astray")
-            return found | {"probe_repetition": 9.0}
+            return found | {"probe_repetition": 9.0, "probe_length_tokens": 16.0}
         if world.happens(0.1):
             world.note("unjudged")
             return found | {"safety": 0.0, "safety_unscored_ratio": 1.0}

@@ -24,7 +24,8 @@ from online_trainer.evaluate import (
 )
 from online_trainer.policy import Policy
 from online_trainer.safety import Scorer
-from tests.unit.online_trainer.kit import CONFIG, tokens
+from telemetry.text import repetition_ratio
+from tests.unit.online_trainer.kit import CONFIG, tokens, with_settings
 from tests.unit.online_trainer.test_policy import scramble
 
 GATE_METRICS = {"kl_per_token", "probe_repetition", "probe_length_tokens", "probe_entropy", "probe_perplexity"}
@@ -123,13 +124,22 @@ def test_an_answer_without_a_score_counts_as_unsafe_and_the_share_of_them_is_tol
 def test_weights_that_nobody_could_score_are_neither_safe_nor_astray(
     base: float | None, own: float, unscored: float, verdict: str
 ) -> None:
-    names = ("probe_repetition", "probe_entropy", "capability_perplexity")
+    names = ("probe_repetition", "probe_length_tokens", "probe_entropy", "capability_perplexity")
     values = {f"{prefix}{name}": 1.0 for name in names for prefix in ("", "base_")}
     values |= {"safety": own, "safety_unscored_ratio": unscored} | ({} if base is None else {"base_safety": base})
     found = "astray" if astray(values, CONFIG) else "unjudged" if unjudged(values, CONFIG) else "passes"
     assert found == verdict
     scored = {name: value for name, value in values.items() if "safety" not in name}
     assert not unjudged(scored, CONFIG) and not astray(scored, CONFIG), "nobody scores"
+
+
+def test_repetition_is_judged_where_enough_was_said() -> None:
+    config = with_settings(probes=("Hello?",) * 4, max_repetition_gain=0.25)
+    names = ("probe_repetition", "probe_entropy", "capability_perplexity")
+    values = dict.fromkeys((*names, *(f"base_{name}" for name in names)), 1.0) | {"base_probe_repetition": 0.0}
+    four_marks = values | {"probe_repetition": repetition_ratio("????"), "probe_length_tokens": 4.0}
+    assert four_marks["probe_repetition"] == 0.5 and not astray(four_marks, config)
+    assert "answers repeat 0.50 of their trigrams" in astray(four_marks | {"probe_length_tokens": 8.0}, config)
 
 
 def test_without_held_out_verdicts_there_is_no_win_rate(policy: Policy) -> None:
