@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import sys
 from collections import Counter
 from itertools import islice
@@ -26,7 +24,7 @@ from telemetry.events import (
     key_of,
     utc_now,
 )
-from telemetry.labeling import Format, Label, label_event, labels, tasks
+from telemetry.labeling import Format, Label, label_event, labeler_name, labels, tasks
 from telemetry.process import signing_key
 from telemetry.store import preferences, read
 
@@ -47,7 +45,8 @@ def pairs_out(config: TelemetryConfig, form: Format, out: str, *, most: int, wit
 
 def labels_in(config: TelemetryConfig, form: Format, path: Path, *, source: LabelSource, instructions: str) -> int:
     """Put the labels of an exported file into the log; 1 where some are of pairs that the store does not have."""
-    given = [_pseudonymous(label, signing_key(config.state_path)) for label in labels(path.read_bytes(), form)]
+    key, found = signing_key(config.state_path), labels(path.read_bytes(), form)
+    given = [msgspec.structs.replace(label, labeler=labeler_name(key, label.labeler)) for label in found]
     audit.record(config, "imported", path.name, labels=str(len(given)), source=source, instructions=instructions)
     pairs, log = _Pairs(config, {label.pair_id for label in given}), open_log(config)
     counts: Counter[str] = Counter()
@@ -61,12 +60,6 @@ def labels_in(config: TelemetryConfig, form: Format, path: Path, *, source: Labe
         log.close()
     print(", ".join(f"{count} {what}" for what, count in counts.items()) or "no labels in the file", file=sys.stderr)
     return 1 if counts[UNKNOWN] else 0
-
-
-def _pseudonymous(label: Label, key: bytes) -> Label:
-    """Tools name labelers by their mail addresses; here a keyed hash tells them apart."""
-    name = hmac.new(key, b"labeler:" + label.labeler.encode(), hashlib.sha256).hexdigest()[:16]
-    return msgspec.structs.replace(label, labeler=name)
 
 
 class _Pairs:

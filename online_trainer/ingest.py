@@ -37,7 +37,8 @@ NO_ANSWER = Completion("", "", "", "", "stable", "", 0, 0, 0.0, 0.0, 0.0, 0.0)
 MAX_TRIES = 2  # a verdict that was in two refused lineages may be what is wrong with them
 EFFECTS_WINDOW = 512  # verdicts that the effects of position and length are measured on
 MOST_BALANCE = 4.0  # that a cohort's weight is raised by
-SEEN_IDS = 5_000  # deduplication reaches back this far; a router's outbox replays seconds, not days
+SEEN_IDS = 100_000  # deduplication reaches back this far, as the recorder's does (telemetry/store.py)
+MARK_BYTES = 8  # of a preference id among these: one in 10^14 new ones is taken for another
 
 
 class Verdict(msgspec.Struct, frozen=True):
@@ -78,7 +79,7 @@ class IntakeState(msgspec.Struct, frozen=True):
     regression: tuple[Verdict, ...] = ()  # trained on, and got right by a version, bounded
     effects: tuple[Traits, ...] = ()  # of the verdicts that came last
     dropped: tuple[tuple[str, str], ...] = ()  # (preference_id, reason), not yet told
-    seen: tuple[str, ...] = ()  # preference ids, oldest first, bounded
+    marks: bytes = b""  # of preference ids that were seen, MARK_BYTES each, oldest first, bounded
 
 
 def sealed(state: IntakeState, sealer: Sealer) -> IntakeState:
@@ -200,7 +201,8 @@ class Intake:
         self.pending, self.replay = list(state.pending), list(state.replay)
         self.heldout, self.dropped = list(state.heldout), list(state.dropped)
         self.aged, self.regression, self.effects = list(state.aged), list(state.regression), list(state.effects)
-        self._seen = dict.fromkeys(state.seen)
+        marks = range(0, len(state.marks), MARK_BYTES)
+        self._seen = dict.fromkeys(state.marks[at : at + MARK_BYTES] for at in marks)
 
     def state(self) -> IntakeState:
         """A snapshot for the checkpoint."""
@@ -213,7 +215,7 @@ class Intake:
             regression=tuple(self.regression),
             effects=tuple(self.effects),
             dropped=tuple(self.dropped),
-            seen=tuple(self._seen),
+            marks=b"".join(self._seen),
         )
 
     def passed(self, entry: Entry) -> None:
@@ -226,9 +228,8 @@ class Intake:
 
         ``key_id``: what it was sealed with.
         """
-        if (self._policy and event.policy != self._policy) or event.event_id in self._seen:
+        if (self._policy and event.policy != self._policy) or not self._is_new(event.event_id):
             return
-        self._see(event.event_id)
         reason = reason_to_drop(event, self._heldout_ratio, learns_ties=self._learns_ties)
         if reason in (None, "held_out") and event.outcome == "chosen_rejected":
             shown = traits(event.chosen_position, event.chosen.text, event.rejected.text)
@@ -245,9 +246,8 @@ class Intake:
 
         In either case it takes the place of an earlier one of the same person on the same answer.
         """
-        if (self._policy and event.policy != self._policy) or event.event_id in self._seen:
+        if (self._policy and event.policy != self._policy) or not self._is_new(event.event_id):
             return
-        self._see(event.event_id)
         self._replace_thumb(event)
         if reason := reason_to_drop_thumb(event, self._heldout_ratio):
             self.dropped.append((event.event_id, reason))
@@ -265,8 +265,7 @@ class Intake:
 
     def unreadable(self, event: PreferenceRecorded | FeedbackRecorded) -> None:
         """A verdict of a person who is forgotten: dropped. One seen before changes nothing."""
-        if (not self._policy or event.policy == self._policy) and event.event_id not in self._seen:
-            self._see(event.event_id)
+        if (not self._policy or event.policy == self._policy) and self._is_new(event.event_id):
             self.dropped.append((event.event_id, "erased"))
 
     def erase(self, event: PersonErased) -> None:
@@ -284,7 +283,7 @@ class Intake:
 
         It may come before its verdict: that can lie in one router's outbox while another appends directly.
         """
-        self._see(event.preference_id)
+        self._is_new(event.preference_id)  # it is not, from here on
         waiting = [verdict for verdict in self.pending if verdict.preference_id == event.preference_id]
         self.dropped += [(verdict.preference_id, "retracted") for verdict in waiting]
         for verdicts in self._every_list():
@@ -313,10 +312,15 @@ class Intake:
         kept = sorted(known.values(), key=lambda verdict: hashlib.sha256(verdict.preference_id.encode()).digest())
         self.regression = kept[: self._heldout_window]
 
-    def _see(self, preference_id: str) -> None:
-        self._seen[preference_id] = None
+    def _is_new(self, preference_id: str) -> bool:
+        """Whether it was not seen before; from now on it was."""
+        mark = hashlib.blake2b(preference_id.encode(), digest_size=MARK_BYTES).digest()
+        if mark in self._seen:
+            return False
+        self._seen[mark] = None
         if len(self._seen) > SEEN_IDS:
             del self._seen[next(iter(self._seen))]
+        return True
 
     def next_batch(self, caps: Caps) -> list[Verdict]:
         """Waiting verdicts in the log's order, as many as fit. They stay waiting."""

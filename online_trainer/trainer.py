@@ -66,6 +66,8 @@ RETRY_S = 1.0
 BEHIND_WAITS = 3.0  # publish_interval_s that a version waits for, at most, while verdicts wait for a step
 MAX_RETREATS = 2  # to versions that users did not confirm, in a row
 AHEAD_STEPS = 32  # full ones that wait in memory: from there on no more is read than is learned
+MOST_NAMED = 20_000  # verdicts that a version names: an entry of the log holds a million bytes, an id takes 39
+MOST_DROPS = 10_000  # that one event tells, with their reasons
 RESETTING = frozenset({"rejected", "rolled_back"})
 MEETING = frozenset({"canary", "stable"})  # a version that is forced is never canary
 
@@ -142,9 +144,10 @@ class Trainer:
     def turn(self, reader: Reader, timeout_s: float = POLL_S) -> None:
         """One round: read what is there, then at most one step and at most one publication."""
         with self._quarantining():
+            if self._published_at is None:  # after a restart: first what was about to be published
+                self._publish_news()
             self._step(reader, timeout_s)
-            if self._has_news() and self._may_publish():
-                self._publish()
+            self._publish_news()
 
     def finish(self) -> str:
         """Learn a log that ends, each verdict as often as the settings say, and publish once: the version, or ""."""
@@ -153,6 +156,8 @@ class Trainer:
         while has_more:
             with self._quarantining():
                 has_more = self._step(reader, 0.0)
+                if self._is_full():
+                    self._publish()
         is_judged = True
         while self._lineage.steps and is_judged:
             with self._quarantining():
@@ -256,6 +261,8 @@ class Trainer:
         """The next step's new verdicts: a full batch, or what there is once the oldest has waited long enough."""
         self._intake.age(lambda verdict: self._distance(verdict) > self._config.stale_versions)
         self._drops_wait()
+        if self._is_full():
+            return []
         batch = self._intake.next_batch(self._caps(self._config.batch_pairs))
         is_full = len(batch) == self._config.batch_pairs
         has_waited = is_caught_up and self._is_due(self._intake.waits_since(), self._config.flush_s)
@@ -359,7 +366,8 @@ class Trainer:
 
     def _drops(self) -> tuple[tuple[str, str], ...]:
         """Verdicts that no step will use and that nobody was told of yet; they count as told now."""
-        dropped, self._intake.dropped, self._oldest_drop_at = tuple(self._intake.dropped), [], None
+        dropped, self._intake.dropped = tuple(self._intake.dropped[:MOST_DROPS]), self._intake.dropped[MOST_DROPS:]
+        self._oldest_drop_at = self._oldest_drop_at if self._intake.dropped else None
         for _, reason in dropped:
             metrics.PAIRS_DROPPED.labels(self._config.variant, reason).inc()
         return dropped
@@ -421,6 +429,10 @@ class Trainer:
         log.info("published", extra={"action": "version_published", "version": version, **draft.metrics})
         return True
 
+    def _publish_news(self) -> None:
+        if self._has_news() and self._may_publish():
+            self._publish()
+
     def _retreat(self) -> None:
         """Weights went astray: back to their parent.
 
@@ -437,9 +449,13 @@ class Trainer:
         """Whether the weights know a verdict that no version knows, or have gone over the earlier ones to the end."""
         return bool(self._lineage.preference_ids) or (self._lineage.steps > 0 and self._is_rehearsed())
 
+    def _is_full(self) -> bool:
+        """Whether the weights know as many verdicts beyond their parent as a version can name."""
+        return len(self._lineage.preference_ids) + self._config.batch_pairs > MOST_NAMED
+
     def _may_publish(self) -> bool:
         """Whether the last version is old enough; while a full step waits, new verdicts come first for a while."""
-        if self._published_at is None:
+        if self._published_at is None or self._is_full():
             return True
         is_behind = len(self._intake.next_batch(self._caps(self._config.batch_pairs))) == self._config.batch_pairs
         return self._is_due(self._published_at, self._config.publish_interval_s * (BEHIND_WAITS if is_behind else 1.0))

@@ -31,16 +31,16 @@ from router.schema import VerdictRequest
 from telemetry import metrics, tracing
 from telemetry.crashpoints import reach
 from telemetry.events import Completion, PairShown, PreferenceRecorded, utc_now
-from telemetry.labeling import judged
+from telemetry.labeling import judged, labeler_name
 from telemetry.people import Forgotten, KeysAway, KeyUnusable
 
 POLL_S: Final = 0.005
 
 
 def to_preference(
-    shown: PairShown, body: VerdictRequest, *, at: datetime, trace: tuple[str, str] = ("", "")
+    shown: PairShown, body: VerdictRequest, *, at: datetime, trace: tuple[str, str] = ("", ""), labeler: str = ""
 ) -> PreferenceRecorded:
-    """The verdict as an event, whole in itself; its id depends on the pair alone."""
+    """The verdict as an event, whole in itself; its id depends on the pair alone. ``labeler``: by labeler_name."""
     return judged(
         shown,
         body.choice,
@@ -50,7 +50,7 @@ def to_preference(
         trace_id=trace[0],
         span_id=trace[1],
         source=body.source,
-        labeler=body.labeler or "",
+        labeler=labeler,
         reasons=body.reasons or (),
         comment=body.comment or "",
         quality=body.quality,
@@ -144,8 +144,9 @@ class Preferences:
     async def _sealed(self, shown: PairShown, body: VerdictRequest, trace: tuple[str, str]) -> PreferenceRecorded:
         """The verdict's event as it is written everywhere. Raises Gone for who is forgotten, or Unavailable."""
         private, key_id = self._private, shown.sealed.key_id if shown.sealed else ""
+        labeler = labeler_name(self._key, body.labeler or "")
         try:
-            event = to_preference(await private.opened(shown), body, at=utc_now(), trace=trace)
+            event = to_preference(await private.opened(shown), body, at=utc_now(), trace=trace, labeler=labeler)
             return await private.sealed(await _redacted_notes(private, event), key_id)
         except Forgotten as error:
             raise Gone("What this pair showed was erased with its user's data.", code="erased") from error

@@ -389,7 +389,10 @@ def _refuse(message: str, param: str) -> None:
 
 
 class VerdictRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """``POST /v1/preferences``. ``user``, where given, must be the one whom the pair was shown to."""
+    """``POST /v1/preferences``. ``user``, where given, must be the one whom the pair was shown to.
+
+    ``labeler`` says who judged it, if that was another person; only a keyed hash of it is written.
+    """
 
     pair_id: Annotated[str, Meta(min_length=1, max_length=64)]
     token: Annotated[str, Meta(min_length=1, max_length=1024)]

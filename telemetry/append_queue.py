@@ -16,7 +16,7 @@ from contextlib import suppress
 
 import msgspec
 
-from telemetry.event_log import MAX_PAYLOAD_BYTES, EntryTooLarge, LogUnavailable, Position
+from telemetry.event_log import LogUnavailable, Position, too_large
 
 
 class Append(msgspec.Struct):
@@ -47,10 +47,8 @@ class AppendQueue:
         """Queue one entry for the writer."""
         future: Future[Position] = Future()
         future.set_running_or_notify_cancel()  # what is queued may already be durable: it cannot be cancelled
-        if len(payload) > MAX_PAYLOAD_BYTES:
-            future.set_exception(
-                EntryTooLarge(f"{topic}: an entry of {len(payload)} bytes; the log takes {MAX_PAYLOAD_BYTES}")
-            )
+        if error := too_large(topic, payload):
+            future.set_exception(error)
             return future
         with self._lock:
             if self._is_closed:

@@ -3,7 +3,8 @@
 Entries are events like any other (topic AUDIT); the recorder, the store's one writer, links each row to the one
 before: ``hash = SHA-256(previous hash, number, event, time of storing)``. A changed, removed or reordered row breaks
 the chain. Rows cut off its end are missed by the head, ``<state>/audit.head``: the last number and hash, signed with
-the deployment's key. Whoever holds that key and may write both can forge a trail: the operator is not kept from it.
+the deployment's key. It is there before the first entry, and the recorder leaves one alone that is not on the chain.
+Whoever holds that key and may write both can forge a trail: the operator is not kept from it.
 """
 
 from __future__ import annotations

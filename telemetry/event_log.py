@@ -24,6 +24,13 @@ class EntryTooLarge(ValueError):
     """The payload is larger than the log takes (MAX_PAYLOAD_BYTES): it can never be appended."""
 
 
+def too_large(topic: str, payload: bytes) -> EntryTooLarge | None:
+    """What the log says to this payload, if it is too large for one entry."""
+    if len(payload) <= MAX_PAYLOAD_BYTES:
+        return None
+    return EntryTooLarge(f"{topic}: an entry of {len(payload)} bytes; the log takes {MAX_PAYLOAD_BYTES}")
+
+
 class PositionLost(RuntimeError):
     """The stored position is not in the log any more (trimmed, re-created or truncated): halt, never skip."""
 

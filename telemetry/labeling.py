@@ -1,15 +1,18 @@
 """Pairs out to people who label, and their labels back in, in the formats of Label Studio and Argilla.
 
 A task is a pair as it was shown: prompt, ``a``, ``b``. A label is one labeler's choice on it under one version of
-the instructions; it becomes a verdict of its own with an id that depends on these three alone, so that a file
-imported twice counts once, and labelers who contradict each other are all kept.
+the instructions, at a time where the tool tells it; it becomes a verdict of its own with an id that depends on these
+and its source alone. So a file imported twice counts once, and labelers who contradict each other or themselves, or
+who repeat themselves at another time, are all kept. Labelers are people: they go by ``labeler_name`` everywhere.
 """
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import uuid
 from collections.abc import Iterable, Iterator
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Annotated, Any, Final, Literal
 
 import msgspec
@@ -55,6 +58,11 @@ class InvalidLabels(ValueError):
     """The file is no export of that tool with this project's question; the message says where."""
 
 
+def labeler_name(key: bytes, labeler: str) -> str:
+    """A labeler's keyed hash, 16 hex digits, by the deployment's key (``signing_key``); empty for none."""
+    return hmac.new(key, b"labeler:" + labeler.encode(), hashlib.sha256).hexdigest()[:16] if labeler else ""
+
+
 def judged(
     shown: PairShown, choice: Choice, *, event_id: str, at: datetime, decided_s: float, **fields: Any
 ) -> PreferenceRecorded:
@@ -83,8 +91,9 @@ def judged(
 def label_event(
     shown: PairShown, label: Label, *, source: LabelSource, instructions: str, now: datetime
 ) -> PreferenceRecorded:
-    """The label as an event whose id is the same each time."""
-    name = "\n".join((label.pair_id, source, label.labeler, instructions))
+    """The label as an event whose id is the same each time; another choice or time of the label is another event."""
+    at = label.at.astimezone(UTC).isoformat() if label.at else ""
+    name = "\n".join((label.pair_id, source, label.labeler, label.choice, at, instructions))
     return judged(
         shown,
         label.choice,

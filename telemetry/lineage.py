@@ -1,13 +1,14 @@
 """Who learned from whom, read from the store: a version's verdicts, and the versions that learned from a verdict.
 
 A version's event names the verdicts learned since its parent, so all that it knows is its own and its forebears'. The
-base is no version of the store: every line ends there.
+base is no version of the store: every line ends there. A verdict also names the others on its pair, which are all kept.
 """
 
 from __future__ import annotations
 
 from datetime import datetime
 from pathlib import Path
+from typing import Any, Literal
 
 import msgspec
 import pyarrow.compute as pc  # type: ignore[import-untyped]
@@ -23,6 +24,8 @@ from telemetry.events import (
     VersionPublished,
 )
 from telemetry.store import read
+
+Relation = Literal["repeats", "agrees", "contradicts"]
 
 
 class Published(msgspec.Struct, frozen=True):
@@ -44,6 +47,7 @@ class Learned(msgspec.Struct, frozen=True):
     pair_id: str
     user: str  # pseudonym
     outcome: str
+    chosen_position: str
     source: str
     labeler: str
     occurred_at: datetime
@@ -53,6 +57,10 @@ class Learned(msgspec.Struct, frozen=True):
     batches: tuple[str, ...]  # steps that it was new in; more than one where weights were thrown away
     replays: int  # further steps that it was part of
     versions: tuple[str, ...]  # that know it, oldest first
+    # ids of the other verdicts on its pair, oldest first, also of those taken back
+    repeats: tuple[str, ...]  # the same choice by the same giver, earlier or later
+    agrees: tuple[str, ...]  # the same choice by another giver
+    contradicts: tuple[str, ...]  # another choice (tie, both_bad and skip are choices), whoever gave it
 
 
 class NotRecorded(LookupError):
@@ -101,7 +109,11 @@ class Lineages:
         if verdict is None:
             raise NotRecorded(preference_id)
         new_in = [row["batch_id"] for row in self._batches if preference_id in row["preference_ids"]]
-        names = ("preference_id", "pair_id", "user", "outcome", "source", "labeler", "occurred_at", "recorded_at")
+        names = (
+            "preference_id", "pair_id", "user", "outcome", "chosen_position", "source", "labeler", "occurred_at",
+            "recorded_at",
+        )  # fmt: skip
+        others = self._others(verdict)
         return Learned(
             **{name: verdict[name] for name in names},
             is_retracted=len(rows) > 1,
@@ -109,6 +121,9 @@ class Lineages:
             batches=tuple(sorted(set(new_in))),
             replays=sum(preference_id in row["replayed_ids"] for row in self._batches),
             versions=tuple(name for name in self._published if self._knows(name, preference_id)),
+            repeats=tuple(others["repeats"]),
+            agrees=tuple(others["agrees"]),
+            contradicts=tuple(others["contradicts"]),
         )
 
     def of_person(self, user: str) -> tuple[str, ...]:
@@ -122,6 +137,17 @@ class Lineages:
             name for name in self._published if any(theirs & set(each.preference_ids) for each in self.ancestry(name))
         )
 
+    def _others(self, verdict: dict[str, Any]) -> dict[Relation, list[str]]:
+        """relation → ids of the other verdicts on the pair, oldest first."""
+        columns = ["preference_id", "occurred_at", "user", "labeler", "outcome", "chosen_position"]
+        wanted = (pc.field("pair_id") == verdict["pair_id"]) & (pc.field("type") == PreferenceRecorded.__name__)
+        rows = read(self._root, PREFERENCES, columns=columns, wanted=wanted).to_pylist()
+        found: dict[Relation, list[str]] = {"repeats": [], "agrees": [], "contradicts": []}
+        for row in sorted(rows, key=lambda row: row["occurred_at"]):
+            if row["preference_id"] != verdict["preference_id"]:
+                found[_relation(verdict, row)].append(row["preference_id"])
+        return found
+
     def _knows(self, version: str, preference_id: str) -> bool:
         return any(preference_id in each.preference_ids for each in self.ancestry(version))
 
@@ -131,6 +157,14 @@ class Lineages:
                 if name == preference_id:
                     return reason
         return ""
+
+
+def _relation(one: dict[str, Any], other: dict[str, Any]) -> Relation:
+    """What two verdicts on a pair are to each other; a verdict's giver is its labeler, or else its user."""
+    if (one["outcome"], one["chosen_position"]) != (other["outcome"], other["chosen_position"]):
+        return "contradicts"
+    is_same_giver = (one["labeler"] or one["user"]) == (other["labeler"] or other["user"])
+    return "repeats" if is_same_giver else "agrees"
 
 
 class _Dropped(msgspec.Struct):

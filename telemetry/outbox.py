@@ -23,7 +23,7 @@ from typing import IO, Final, Literal
 import msgspec
 
 from telemetry.crashpoints import reach
-from telemetry.event_log import EventLog, LogUnavailable, Offsets, Position, Reader
+from telemetry.event_log import EventLog, LogUnavailable, Offsets, Position, Reader, too_large
 from telemetry.process import HeldByAnother, hold, sync
 
 log = logging.getLogger(__name__)
@@ -54,20 +54,24 @@ class OutboxInUse(RuntimeError):
 
 
 def read_segment(path: Path) -> Iterator[Spooled]:
-    """The whole entries of a segment, in order; it ends at the first frame that is torn or damaged."""
+    """The whole entries of a segment, in order; it ends at the first frame that is torn or damaged.
+
+    After a power cut a file may end in zeros, which would be an empty body with its right checksum.
+    """
     content = path.read_bytes()
     start = 0
     while start + FRAME.size <= len(content):
         length, checksum = FRAME.unpack_from(content, start)
         body = content[start + FRAME.size : start + FRAME.size + length]
-        if len(body) < length or zlib.crc32(body) != checksum:
+        if not length or len(body) < length or zlib.crc32(body) != checksum:
             break
         yield msgspec.msgpack.decode(body, type=Spooled)
         start += FRAME.size + length
     if start < len(content):
         log.warning(
-            "%s ends in %d bytes of a torn entry that was never acknowledged",
-            path.name, len(content) - start, extra={"action": "outbox_torn"},
+            "%s ends in %d bytes that hold no whole entry: the last one, torn before it was acknowledged, unless the "
+            "disk is damaged; they are kept beside it as .torn", path.name, len(content) - start,
+            extra={"action": "outbox_torn"},
         )  # fmt: skip
 
 
@@ -188,6 +192,9 @@ class OutboxLog:
         """Queue one entry; the future tells where it became durable. Raises only when log and disk both fail."""
         entry, result = Spooled(topic, key, payload), Future[Durable]()
         result.set_running_or_notify_cancel()
+        if error := too_large(topic, payload):  # here already: in a segment it would block the way for ever
+            result.set_exception(error)
+            return result
         with self._lock:  # the log's queue, too: nothing may get into it once an earlier entry is here
             if self._is_spooling:
                 self._put(entry, result)

@@ -203,10 +203,32 @@ class AuditTable(Table):
     """The audit trail: rows are chained as they are stored (telemetry/audit.py)."""
 
     def __init__(self, root: str, heads: HeadFile | None) -> None:
+        """A head that is not on the table's chain stays as it is: so entries that are missing stay found out."""
         super().__init__(root, AUDIT)
-        self._heads = heads
         newest = answer(self._delta, "select number, hash from t order by number desc limit 1").read_all().to_pylist()
         self._end = Head(newest[0]["number"] + 1, newest[0]["hash"]) if newest else Head(0, START)
+        self._heads = heads if heads is not None and self._has(heads) else None
+
+    def _has(self, heads: HeadFile) -> bool:
+        """Whether the head, which is there before the first entry, is one of the chain's."""
+        try:
+            head, why = heads.read(), "is missing"
+        except ValueError as error:
+            head, why = None, str(error)
+        if head is None and why == "is missing" and not self._end.rows:
+            heads.write(0, START)
+            return True
+        if head is not None:
+            last = f"select hash from t where number = {head.rows - 1}"
+            hashes = answer(self._delta, last).read_all().column("hash").to_pylist() if head.rows else [START]
+            if hashes == [head.hash]:
+                return True
+            why = f"counts {head.rows} entries, and the trail's {head.rows}th is not the one that it names"
+        log.error(
+            "the audit trail's signed head %s: it is not written any more, see `tiebreak audit verify`", why,
+            extra={"action": "audit_broken"},
+        )  # fmt: skip
+        return False
 
     def _commit(self, rows: list[dict[str, Any]], reached: Mapping[int, int]) -> None:
         end = link(rows, self._end)

@@ -14,7 +14,7 @@ import msgspec
 import pytest
 
 from telemetry.config import TelemetryConfig, open_log
-from telemetry.event_log import EventLog
+from telemetry.event_log import MAX_PAYLOAD_BYTES, EntryTooLarge, EventLog
 from telemetry.outbox import OutboxInUse, OutboxLog
 from tests.integration.recording import wait_for
 from tests.servers import RedisServer
@@ -75,6 +75,20 @@ def test_entries_are_durable_here_while_the_log_is_away_and_follow_in_order(
     wait_for(lambda: outbox.append(TOPIC, "k", b"direct").result(10).where == "log", "direct again")
     found = first_of_each(payloads(outbox))
     assert found == [*sent, b"direct"]
+
+
+def test_what_no_log_takes_is_refused_also_while_the_log_is_away(outbox: OutboxLog, redis_server: RedisServer) -> None:
+    """In a segment it would be sent for ever, and what is behind it with it."""
+    redis_server.kill()
+    try:
+        assert outbox.append(TOPIC, "k", b"before").result(timeout=20).where == "outbox"
+        with pytest.raises(EntryTooLarge, match="1000001 bytes"):
+            outbox.append(TOPIC, "k", bytes(MAX_PAYLOAD_BYTES + 1)).result(timeout=20)
+        assert outbox.append(TOPIC, "k", b"behind").result(timeout=20).where == "outbox"
+    finally:
+        redis_server.restart()
+    wait_for(lambda: outbox.pending == 0, "the outbox is empty")
+    assert payloads(outbox) == [b"before", b"behind"]
 
 
 def test_the_order_of_a_key_is_kept_across_outage_and_return(outbox: OutboxLog, redis_server: RedisServer) -> None:

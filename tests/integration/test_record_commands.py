@@ -15,6 +15,8 @@ from deploy.cli import main as tiebreak
 from telemetry.config import TelemetryConfig, open_log, open_sealer
 from telemetry.event_log import EventLog
 from telemetry.events import PREFERENCES
+from telemetry.labeling import labeler_name
+from telemetry.process import signing_key
 from telemetry.store import read
 from tests import examples
 from tests.e2e.stack import TINY
@@ -131,7 +133,8 @@ def test_pairs_go_out_to_labelers_and_their_labels_come_back_once(
     assert run("labels", "import", str(labeled), "--format", form, "--instructions", "v2")[2] == "4 recorded before\n"
     found = labels_of(telemetry_config)
     assert {(row["chosen_position"], row["instructions"]) for row in found} == {("a", "v2"), ("b", "v2")}
-    assert len({row["labeler"] for row in found}) == 2, "contradictions are kept"
+    key = signing_key(telemetry_config.state_path)
+    assert {row["labeler"] for row in found} == {labeler_name(key, name) for name in ("eva", "ida")}
     assert not any(name in str(found) for name in ("eva", "ida")), "labelers by keyed hash"
     assert {row["pair_id"] for row in found} == {"pair-4", "pair-5"}
     assert all(row["prompt"] is None for row in found), "sealed like every verdict"
@@ -140,6 +143,38 @@ def test_pairs_go_out_to_labelers_and_their_labels_come_back_once(
     assert (status, told) == (1, "2 of pairs that are not in the store, 2 recorded\n")
     labeled.write_text("{")
     assert run("labels", "import", str(labeled), "--format", form)[0] == 1
+
+
+def test_corrections_and_repeats_are_kept_and_marked(
+    recorder: RecorderProcess, run: Run, log: EventLog, telemetry_config: TelemetryConfig, tmp_path: Path
+) -> None:
+    def labeled(day: int, *given: tuple[str, str]) -> str:
+        annotations = [
+            {
+                "completed_by": {"email": f"{name}@example.org"},
+                "created_at": f"2026-01-{day:02}T10:00:00Z",
+                "result": [{"from_name": "preference", "value": {"choices": [choice]}}],
+            }
+            for name, choice in given
+        ]
+        file = tmp_path / f"{day}.json"
+        file.write_text(json.dumps([{"data": {"pair_id": "pair-4"}, "annotations": annotations}]))
+        return str(file)
+
+    monday, tuesday = labeled(5, ("eva", "a"), ("ida", "b")), labeled(6, ("eva", "b"), ("ida", "b"))
+    append(log, examples.published("v000001-aaaaaaaa", []))
+    for file in (monday, tuesday):
+        assert run("labels", "import", file)[::2] == (0, "2 recorded\n")
+    wait_for(lambda: len(labels_of(telemetry_config)) == 4, "stored")
+    for file in (monday, tuesday):
+        assert run("labels", "import", file)[::2] == (0, "2 recorded before\n")
+    eva, ida, corrected, repeated = (
+        row["event_id"] for row in sorted(labels_of(telemetry_config), key=lambda row: row["occurred_at"])
+    )
+    found = json.loads(run("lineage", ida, "--json")[1])["verdict"]
+    assert (found["repeats"], found["agrees"], found["contradicts"]) == ([repeated], [corrected], [eva])
+    shown = [line.split() for line in run("lineage", ida)[1].splitlines()]
+    assert shown[-3:] == [["repeats", repeated], ["agrees", corrected], ["contradicts", eva]]
 
 
 def with_labels(task: dict[str, Any], form: str) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from telemetry.events import (
     PreferenceRecorded,
     PreferenceRetracted,
 )
+from telemetry.labeling import labeler_name
 from telemetry.process import signing_key
 from tests.router_stack import STABLE, Stack, fast, running_stack
 from tests.servers import RedisServer
@@ -111,6 +112,21 @@ async def test_a_verdict_becomes_an_event_that_is_whole_in_itself(
     assert (event.reasons, event.comment, event.quality, event.edited) == (("clear",), "good", 4, "better")
     assert event.source == "simulated" and event.decided_s > 0
     assert event.user == pseudonym(signing_key(stack.telemetry.state_path), "ann")
+
+
+async def test_a_labeler_is_known_by_the_name_that_imports_give(stack: Stack) -> None:
+    labeled, plain = await stack.pair(), await stack.pair()
+    details = {"source": "labeler", "labeler": "eva@example.org"}
+    assert (await stack.click(labeled, "a", **details))[0] == 201
+    assert (await stack.click(labeled, "a", **details))[0] == 200, "the same verdict again"
+    assert (await stack.click(labeled, "b", **details))[0] == 409
+    assert (await stack.click(plain, "a", labeler=""))[0] == 201
+    event, nobodys = await stack.events(PreferenceRecorded, expected=2)
+    assert event.labeler == labeler_name(signing_key(stack.telemetry.state_path), "eva@example.org")
+    assert nobodys.labeler == ""
+    kept = await stack.redis.hgetall(f"tiebreak:verdict:{event.pair_id}")  # type: ignore[misc]
+    assert kept
+    assert "eva" not in f"{kept}{event}"
 
 
 async def test_a_side_that_a_stop_string_ended_says_so(stack: Stack) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from datetime import timedelta
 from pathlib import Path
@@ -193,6 +194,56 @@ def test_a_restarted_trainer_goes_on_and_trains_nothing_twice(bench: Bench) -> N
     counts = Counter(name for batch in bench.batches() for name in batch.preference_ids)
     assert counts == {f"preference-{n}": 1 for n in range(8)}
     assert [version.parent for version in bench.published()] == [bench.base, bench.published()[0].version]
+
+
+class Killed(BaseException):
+    """In the place of SIGKILL."""
+
+
+def test_killed_at_every_point_it_takes_the_same_steps_to_the_same_weights(
+    bench: Bench, telemetry_config: TelemetryConfig, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.append(*(verdict(n) for n in range(32)))
+    bench.turn(8)
+
+    def steps() -> list[tuple[str, tuple[str, ...], dict[str, float]]]:
+        return [(batch.event_id, batch.preference_ids, batch.metrics) for batch in bench.batches()]
+
+    taken, weights = steps(), bench.policy.tensors()
+    assert [len(names) for _, names, _ in taken] == [4] * 8
+    other = Bench(msgspec.structs.replace(telemetry_config, state=str(tmp_path / "other")), tiny_model)
+    dice, died = random.Random(1), Counter[str]()
+
+    def dies(point: str) -> None:
+        if dice.random() < 0.3:
+            died[point] += 1
+            raise Killed
+
+    monkeypatch.setattr("online_trainer.trainer.reach", dies)
+    monkeypatch.setattr("online_trainer.checkpoint.reach", dies)
+    while other.trainer._learner.step < 8 or other.trainer._has_news():
+        try:
+            other.turn()
+        except Killed:
+            other.start()
+    assert died.keys() == {
+        "trainer.stepped", "trainer.checkpoint_staged", "trainer.checkpointed", "trainer.told", "publisher.written"
+    }  # fmt: skip
+    assert steps() == taken, "each was told again, under the id that it had"
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in other.policy.tensors().items())
+
+
+def test_no_version_names_more_verdicts_than_an_event_holds(
+    bench: Bench, telemetry_config: TelemetryConfig, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("online_trainer.trainer.MOST_NAMED", 10)
+    monkeypatch.setattr("online_trainer.trainer.MOST_DROPS", 3)
+    bench.append(*(verdict(n) for n in range(32)), *(verdict(n, outcome="tie") for n in range(32, 40)))
+    assert bench.trainer.finish() == bench.published()[-1].version
+    assert [len(version.preference_ids) for version in bench.published()] == [8] * 4
+    told = [name for event in bench.batches() for name, _ in event.dropped]
+    assert sorted(told) == sorted(f"preference-{n}" for n in range(32, 40))
+    assert all(len(event.dropped) <= 3 for event in bench.batches())
 
 
 def test_preferences_are_measured_against_the_version_that_was_promoted_also_after_a_restart(

@@ -24,6 +24,18 @@ def test_a_verdict_seen_twice_waits_once() -> None:
     assert not found.pending
 
 
+def test_a_verdict_is_known_again_also_after_a_flood_of_others_and_a_restart() -> None:
+    found = intake(policy="chat")
+    found.record(verdict(1))
+    found.trained(found.next_batch(Caps(8)))
+    other = verdict(2, outcome="tie")
+    for number in range(20_000):
+        found.record(msgspec.structs.replace(other, event_id=f"tie-{number}"))
+    restored = intake(msgspec.json.decode(msgspec.json.encode(found.state()), type=IntakeState), policy="chat")
+    restored.record(verdict(1))
+    assert not restored.pending
+
+
 def test_a_thumb_waits_like_a_verdict_and_the_last_one_on_an_answer_counts() -> None:
     found = intake(heldout_ratio=0.1)
     found.record_thumb(thumb(1, rating=1, prompt=prompt_that_is(False)))

@@ -107,11 +107,8 @@ def test_every_tampering_is_found(tamper: Callable[[Rows], None], told: str, tmp
 def test_a_trail_forged_anew_does_not_have_the_signed_head(tmp_path: Path) -> None:
     stored(tmp_path, 3)
     other = tmp_path / "other"
-    forged = Store(other / "store", HeadFile(other, b"x" * 32))
-    assert forged
-    stored_rows = trail(tmp_path)
     stored(other, 3)
-    assert stored_rows != trail(other)
+    assert trail(tmp_path) != trail(other)
     assert list(faults(trail(other), HeadFile(tmp_path, KEY).read())) == ["the signed head names another last entry"]
     with pytest.raises(ValueError, match="not signed"):
         HeadFile(tmp_path, b"x" * 32).read()
@@ -121,6 +118,31 @@ def test_a_missing_head_is_said(tmp_path: Path) -> None:
     stored(tmp_path, 1)
     (tmp_path / "audit.head").unlink()
     assert found(tmp_path) == ["the signed head is missing: whether entries are missing at the end cannot be told"]
+
+
+def test_entries_cut_off_are_missed_also_after_further_ones(tmp_path: Path) -> None:
+    stored(tmp_path, 5)
+    DeltaTable(str(tmp_path / "store" / "audit")).delete("number >= 3")
+    stored(tmp_path, 4, start=5)
+    assert [row["number"] for row in trail(tmp_path)] == list(range(7))
+    assert found(tmp_path) == ["the signed head names another last entry"]
+
+
+def test_a_head_that_was_removed_does_not_come_back(tmp_path: Path) -> None:
+    stored(tmp_path, 2)
+    (tmp_path / "audit.head").unlink()
+    stored(tmp_path, 1, start=2)
+    assert found(tmp_path) == ["the signed head is missing: whether entries are missing at the end cannot be told"]
+
+
+def test_a_recorder_killed_before_it_wrote_the_head_goes_on(tmp_path: Path) -> None:
+    stored(tmp_path, 2)
+    head = (tmp_path / "audit.head").read_bytes()
+    stored(tmp_path, 1, start=2)
+    (tmp_path / "audit.head").write_bytes(head)
+    stored(tmp_path, 1, start=3)
+    assert found(tmp_path) == []
+    assert HeadFile(tmp_path, KEY).read().rows == 4  # type: ignore[union-attr]
 
 
 def test_tampering_in_the_table_itself_is_found(tmp_path: Path) -> None:

@@ -8,10 +8,11 @@ import msgspec
 import pytest
 
 from telemetry.events import Choice, utc_now
-from telemetry.labeling import LABEL_STUDIO_VIEW, Format, InvalidLabels, Label, label_event, labels, tasks
+from telemetry.labeling import LABEL_STUDIO_VIEW, Format, InvalidLabels, Label, label_event, labeler_name, labels, tasks
 from tests import examples
 
 SHOWN = examples.pair(1)
+MONDAY = "2026-01-05T03:04:05Z"
 
 
 def label_studio(*annotations: dict[str, Any]) -> bytes:
@@ -109,10 +110,37 @@ def test_a_label_is_a_verdict_with_its_labeler(choice: Choice, chosen: str, outc
     assert (event.source, event.labeler, event.instructions, event.decided_s) == ("labeler", "eva", "2026-01", 2.0)
 
 
-def test_an_import_repeated_is_the_same_event_and_contradictions_are_two() -> None:
-    def of(labeler: str, choice: Choice, instructions: str = "1") -> str:
-        label = Label(SHOWN.pair_id, labeler, choice)
-        return label_event(SHOWN, label, source="labeler", instructions=instructions, now=utc_now()).event_id
+def ids_of(document: bytes, instructions: str = "1") -> list[str]:
+    found = labels(document, "label-studio")
+    events = [label_event(SHOWN, each, source="labeler", instructions=instructions, now=utc_now()) for each in found]
+    return [event.event_id for event in events]
 
-    assert of("eva", "a") == of("eva", "a")
-    assert len({of("eva", "a"), of("ida", "b"), of("eva", "a", "2")}) == 3
+
+def test_a_file_imported_twice_is_the_same_events_and_contradictions_are_two() -> None:
+    document = label_studio(annotation("a", created_at=MONDAY), annotation("b", completed_by=4))
+    assert ids_of(document) == ids_of(document)
+    assert len({*ids_of(document), *ids_of(document, "2")}) == 4
+
+
+def test_another_choice_of_the_same_labeler_is_a_second_verdict() -> None:
+    choices = ("a", "b", "tie", "both_bad", "skip")
+    assert len(set(ids_of(label_studio(*(annotation(choice) for choice in choices))))) == 5
+
+
+def test_the_same_choice_at_another_time_is_a_repeat_that_is_kept() -> None:
+    monday, tuesday, again = ids_of(
+        label_studio(
+            annotation("a", created_at=MONDAY),
+            annotation("a", created_at="2026-01-06T03:04:05Z"),
+            annotation("a", created_at="2026-01-05T05:04:05+02:00"),
+        )
+    )
+    assert monday == again, "one moment, written in another zone"
+    assert monday != tuesday
+
+
+def test_a_labeler_goes_by_a_keyed_hash_and_nobody_by_none() -> None:
+    # printf labeler:eva@example.org | openssl dgst -sha256 -hmac key
+    assert labeler_name(b"key", "eva@example.org") == "aa42ab85d752ab1a"
+    assert labeler_name(b"another key", "eva@example.org") != labeler_name(b"key", "eva@example.org")
+    assert labeler_name(b"key", "") == ""

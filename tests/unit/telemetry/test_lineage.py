@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+from io import StringIO
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 import pytest
+from rich.console import Console
 
-from deploy.lineage import document
+from deploy.lineage import document, show
 from telemetry.event_log import Entry, Position
-from telemetry.events import TOPIC_OF, AnyEvent, encode, key_of
+from telemetry.events import TOPIC_OF, AnyEvent, PreferenceRecorded, encode, key_of
 from telemetry.lineage import Lineages, NotRecorded
 from telemetry.store import Recorded, Store
 from tests import examples
@@ -79,6 +83,46 @@ def test_a_verdict_names_its_steps_and_every_version_that_knows_it(root: Path) -
 def test_a_verdict_that_no_step_used_says_why(root: Path) -> None:
     tie = Lineages(root).verdict(ids_in(root)["t"])
     assert (tie.dropped, tie.batches, tie.versions) == ("no_preference", (), ())
+
+
+def test_a_verdict_names_the_others_on_its_pair_and_what_each_is_to_it(tmp_path: Path) -> None:
+    """Eva prefers a, then b, then a again; ida b, then neither; whoever was shown the pair clicked a."""
+    choices: tuple[tuple[str, str, Literal["a", "b", ""]], ...] = (
+        ("click", "", "a"), ("eva-a", "eva", "a"), ("eva-b", "eva", "b"), ("eva-again", "eva", "a"),
+        ("ida-b", "ida", "b"), ("ida-tie", "ida", ""),
+    )  # fmt: skip
+    given = [_given(second, *each) for second, each in enumerate(choices)]
+    elsewhere = msgspec.structs.replace(_given(9, "elsewhere", "eva", "a"), pair_id="pair-2")
+    retraction = examples.retraction(given[2])
+    record(tmp_path, *reversed(given), elsewhere, retraction, examples.published(ONE, []))
+    lineages = Lineages(tmp_path)
+
+    def others(name: str) -> tuple[tuple[str, ...], ...]:
+        found = lineages.verdict(name)
+        return found.repeats, found.agrees, found.contradicts
+
+    assert others("click") == ((), ("eva-a", "eva-again"), ("eva-b", "ida-b", "ida-tie"))
+    assert others("eva-a") == (("eva-again",), ("click",), ("eva-b", "ida-b", "ida-tie"))
+    assert others("eva-b") == ((), ("ida-b",), ("click", "eva-a", "eva-again", "ida-tie")), "taken back, and kept"
+    assert others("ida-tie") == ((), (), ("click", "eva-a", "eva-b", "eva-again", "ida-b"))
+    assert others("elsewhere") == ((), (), ())
+    assert document(str(tmp_path), "eva-b")["verdict"]["agrees"] == ("ida-b",)
+    said = StringIO()
+    show(str(tmp_path), "eva-a", Console(file=said, width=120))
+    assert [line.split(maxsplit=1) for line in map(str.strip, said.getvalue().splitlines()[-3:])] == [
+        ["repeats", "eva-again"], ["agrees", "click"], ["contradicts", "eva-b, ida-b, ida-tie"],
+    ]  # fmt: skip
+
+
+def _given(second: int, name: str, labeler: str, position: Literal["a", "b", ""]) -> PreferenceRecorded:
+    return msgspec.structs.replace(
+        examples.preference(1),
+        event_id=name,
+        occurred_at=examples.SHOWN_AT + timedelta(seconds=second),
+        labeler=labeler,
+        outcome="chosen_rejected" if position else "tie",
+        chosen_position=position,
+    )
 
 
 def test_what_the_store_does_not_hold_is_said(root: Path, tmp_path: Path) -> None:

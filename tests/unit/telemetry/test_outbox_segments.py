@@ -41,6 +41,13 @@ def test_a_damaged_entry_is_never_read(tmp_path: Path) -> None:
     assert list(read_segment(path)) == ENTRIES[:-1]
 
 
+def test_zeros_that_a_power_cut_left_behind_are_no_entry(tmp_path: Path) -> None:
+    path = tmp_path / "1.segment"
+    path.write_bytes(CONTENT + bytes(100))
+
+    assert list(read_segment(path)) == ENTRIES
+
+
 def test_what_is_written_after_the_oldest_was_taken_goes_to_another_segment(tmp_path: Path) -> None:
     segments = Segments(tmp_path)
     segments.write(frame(ENTRIES[0]))
