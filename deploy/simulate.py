@@ -1,6 +1,7 @@
 """Simulated users: a persona asks, gets two answers, and clicks what it prefers. By HTTP only, as real users do.
 
-Afterwards, or in between, the persona compares ``chat@stable`` with ``chat@base`` on prompts that nobody trained on.
+Afterwards, or in between, the persona compares a version with ``chat@base`` on prompts that nobody trained on: stable,
+or the canary that learned from the clicks, which may take its place later.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ from telemetry.manifest import is_base
 MAX_TOKENS = 48
 ANSWER_TIMEOUT_S = 120.0
 RETRY_S = 1.0
+LAST_CLICKS = 8  # that are asked about until they are live
+NOT_FOUND = 404  # a version that is not loaded any more
 LONGEST_OUTAGE_S = 120.0
+LIVE_WAIT_S = 90.0  # for the last clicks to be in a version that users meet
 Result = TypeVar("Result")
 
 
@@ -46,7 +50,7 @@ class Clicks:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Stable against base, as the persona sees it."""
+    """A version against base, as the persona sees it."""
 
     wins: int
     losses: int
@@ -55,7 +59,7 @@ class Comparison:
 
     @property
     def win_rate(self) -> float:
-        """Share of prompts on which stable is preferred; a tie counts half."""
+        """Share of prompts on which the version is preferred; a tie counts half."""
         total = self.wins + self.losses + self.ties
         return (self.wins + self.ties / 2) / total if total else 0.5
 
@@ -123,10 +127,11 @@ async def compare(
     *,
     users: int,
     policy: str = "chat",
+    pin: str = "stable",
     max_tokens: int = MAX_TOKENS,
     base_answers: dict[str, str] | None = None,
 ) -> Comparison:
-    """Both channels answer every prompt with the same seed and temperature, and the persona picks.
+    """``pin`` (a channel or a version) and base answer every prompt with the same seed and temperature; one is picked.
 
     ``base_answers`` (prompt → text) is filled and used again: the base does not change.
     """
@@ -142,9 +147,9 @@ async def compare(
     async def judge(index: int, prompt: str) -> tuple[str, str]:
         if prompt not in known:
             known[prompt] = (await answer("base", index, prompt)).texts[0]
-        stable = await answer("stable", index, prompt)
-        verdict = choose(PERSONAS[persona], prompt, stable.texts[0], known[prompt], random.Random(index))
-        return verdict, stable.version
+        own = await answer(pin, index, prompt)
+        verdict = choose(PERSONAS[persona], prompt, own.texts[0], known[prompt], random.Random(index))
+        return verdict, own.version
 
     judged = await asyncio.gather(*(judge(index, prompt) for index, prompt in enumerate(prompts)))
     verdicts = Counter(verdict for verdict, _ in judged)
@@ -153,18 +158,45 @@ async def compare(
     return Comparison(wins, losses, len(judged) - wins - losses, versions.most_common(1)[0][0])
 
 
+async def _live_versions(api: Api, preference_ids: Sequence[str]) -> dict[str, str]:
+    """Of each click that is in a version which users meet, that version; the last ones are waited for."""
+    ends = {"live", "dropped", "retracted"}
+
+    async def stages(preference_id: str) -> dict[str, str]:
+        timeline = (await api.receipt(preference_id))["timeline"]
+        return {stage["stage"]: stage.get("version", "") for stage in timeline}
+
+    for _ in range(int(LIVE_WAIT_S / RETRY_S)):
+        if all([ends & (await stages(name)).keys() for name in preference_ids[-LAST_CLICKS:]]):
+            break
+        await asyncio.sleep(RETRY_S)
+    found = {name: (await stages(name)).get("live", "") for name in preference_ids}
+    return {name: version for name, version in found.items() if version}
+
+
+async def _compare_newest(api: Api, persona: str, newest: str, *, users: int) -> Comparison:
+    """The newest version that knows clicks, while it is loaded; else stable."""
+    try:
+        return await compare(api, persona, users=users, pin=newest or "stable")
+    except ApiError as error:
+        if error.status != NOT_FOUND:
+            raise
+        return await compare(api, persona, users=users)
+
+
 def session() -> aiohttp.ClientSession:
     """A client session whose requests end."""
     return aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=ANSWER_TIMEOUT_S))
 
 
 async def simulate(url: str, persona: str, wanted: int, *, users: int, seed: int = 0, key: str = "") -> int:
-    """What ``tiebreak simulate`` does; the exit status."""
+    """What ``tiebreak simulate`` does; the exit status. Raises ApiError where the gateway is away from the start."""
     out = console()
     clicks = Clicks(wanted)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     async with session() as http:
         api = Api(http, url, key=key)
+        await api.models()
         with Progress(*columns, console=out) as progress:
             task = progress.add_task(f"{persona} clicks", total=wanted)
             await give_clicks(
@@ -175,13 +207,18 @@ async def simulate(url: str, persona: str, wanted: int, *, users: int, seed: int
                 seed=seed,
                 on_click=lambda c: progress.update(task, completed=c.given),
             )
-        out.print(f"comparing stable with base on {len(EVALUATION_PROMPTS)} new prompts, for a minute or two …")
-        result = await compare(api, persona, users=users)
+        out.print("waiting until the last clicks are in a version that users meet …")
+        live = await _live_versions(api, clicks.preference_ids)
+        newest = max(live.values(), default="")
+        out.print(f"comparing with base on {len(EVALUATION_PROMPTS)} new prompts, for a minute or two …")
+        result = await _compare_newest(api, persona, newest, users=users)
+    known = sum(version <= result.version for version in live.values())
     out.print(f"clicks: {dict(clicks.choices)}" + (f", retried: {dict(clicks.failures)}" if clicks.failures else ""))
     out.print(
         f"{result.version} against base on {len(EVALUATION_PROMPTS)} new prompts: {result.wins} won, "
         f"{result.losses} lost, {result.ties} tied, win rate {result.win_rate:.2f}"
     )
+    out.print(f"{known} of these {clicks.given} clicks are in it, or in one before it; a tenth only judges versions")
     if is_base(result.version):
         out.print(
             "stable is the base itself still: no version has won its place yet (`tiebreak releases list` says why)"

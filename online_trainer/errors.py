@@ -40,7 +40,8 @@ class TrackerMissing(TrainerError):
     def __init__(self, tracking: str, packages: Collection[str]) -> None:
         wanted = ", ".join(packages)
         super().__init__(
-            f'[trainer] tracking = "{tracking}" needs {wanted}: install tiebreak[tracking], or leave it ""'
+            f'[trainer] tracking = "{tracking}" needs {wanted}: install them with the extra "tracking" '
+            '(uv pip install -e ".[tracking]"), or leave it ""'
         )
 
 

@@ -164,6 +164,6 @@ def test_a_server_that_is_away_at_the_start_is_no_error(
 
 
 def test_what_is_not_installed_is_said_at_once(tmp_path: Path) -> None:
-    with pytest.raises(TrackerMissing, match=r"needs no_such_package: install tiebreak\[tracking\]"):
+    with pytest.raises(TrackerMissing, match='needs no_such_package: install them with the extra "tracking"'):
         open_tracker(replace(CONFIG, tracking="wandb"), tmp_path, {"wandb": ("json", "no_such_package")})
     assert isinstance(open_tracker(CONFIG, tmp_path), Nobody)

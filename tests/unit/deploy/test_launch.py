@@ -63,6 +63,17 @@ def test_too_little_disk_is_said_with_the_folder(deployment: Deployment) -> None
         check(with_stack(deployment, min_free_disk_gb=1e9))
 
 
+def test_a_broker_that_does_not_answer_is_named_with_one_to_try(deployment: Deployment) -> None:
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{nobody.getsockname()[1]}"
+        document = deployment.document | {"telemetry": {"log": "kafka", "kafka_bootstrap": f"nowhere,{address}"}}
+        with pytest.raises(CannotStart, match=rf"no Kafka broker answers at nowhere,{address}: .*deploy.kafka.broker"):
+            check(replace(deployment, document=document))
+        nobody.listen()
+        check(replace(deployment, document=document))
+
+
 def test_a_model_server_that_does_not_answer_is_named_with_how_to_start_it(deployment: Deployment) -> None:
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))
