@@ -4,13 +4,14 @@
 the futures when all of it is acknowledged. (One by one, from the client's own thread, each would wake its waiter while
 the client wants the interpreter too.) A failure is told at once, by the client's thread. After a failed delivery the
 producer is replaced, so that no sequence gap outlives it. The reader assigns partitions by itself and starts where its
-caller says. A topic that was re-created and has already grown past the old position cannot be told from the old one:
-Kafka's offsets start at 0 again.
+caller says. A topic that was made anew counts its offsets from 0 again, and may have grown past an old position: the
+deployment notes the id of each topic that it reads, in ``<state>/kafka``, and a position in another one is lost.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import socket
 import threading
 import time
@@ -34,6 +35,7 @@ from telemetry.config import TelemetryConfig
 from telemetry.crashpoints import reach
 from telemetry.event_log import Entry, LogUnavailable, Offsets, Position, PositionLost
 from telemetry.events import AUDIT, DEAD_LETTERS, VERSIONS
+from telemetry.process import sync
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +60,7 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True):
     replication: int
     prefix: str
     retention_days: int
+    ids: Path  # folder: a file for each topic that was ever read, with its id
 
     def require(self, timeout_s: float) -> None:
         """Raise OSError when no bootstrap address accepts a connection: clients that fail to start leak threads."""
@@ -104,6 +107,19 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True):
             except TopicAlreadyExistsError:  # another process was faster
                 admin.wait_for_topics([name])
 
+    def known_id(self, name: str, topic_id: str) -> str:
+        """The id that the topic ``name`` had when this deployment first read it; that is now, where it never did."""
+        note = self.ids / f"{name}.id"
+        if not note.exists():
+            self.ids.mkdir(parents=True, exist_ok=True)
+            staging = note.with_suffix(f".{os.getpid()}.{threading.get_ident()}")
+            staging.write_text(topic_id)
+            sync(staging)
+            with suppress(FileExistsError):  # another process was faster
+                os.link(staging, note)
+            staging.unlink()
+        return note.read_text()
+
 
 def kafka_log(config: TelemetryConfig) -> KafkaLog:
     """The log that ``[telemetry]`` describes."""
@@ -128,6 +144,7 @@ def cluster_of(config: TelemetryConfig) -> Cluster:
         replication=config.kafka_replication,
         prefix=config.kafka_topic_prefix,
         retention_days=config.kafka_retention_days,
+        ids=config.state_path / "kafka",
     )
 
 
@@ -344,6 +361,7 @@ class KafkaReader:
         with self._cluster.admin(READ_TIMEOUT_S) as admin:
             self._cluster.make_topics(admin, list(self._names.values()))
             described = admin.describe_topics(list(self._names))
+        self._require_the_same(described)
         partitions = [
             TopicPartition(topic["name"], partition["partition_index"])
             for topic in described
@@ -370,6 +388,15 @@ class KafkaReader:
             consumer.seek(partition, offset)
         self._ends(consumer)
         return consumer
+
+    def _require_the_same(self, described: Sequence[dict[str, Any]]) -> None:
+        """Raise PositionLost for a position in a topic that was made anew since."""
+        for topic in described:
+            name, found = topic["name"], str(topic["topic_id"])
+            known = self._cluster.known_id(name, found)
+            is_under_way = any(offset for partition, offset in self._next.items() if partition.topic == name)
+            if known != found and is_under_way:
+                raise _lost(f"{name} has the id {found}, {self._cluster.ids / name}.id says {known}")
 
     def _check(self, consumer: KafkaConsumer) -> None:
         """Are the brokers there, our positions inside the log, and all of its partitions ours?"""
@@ -402,6 +429,6 @@ class KafkaReader:
 
 def _lost(what: str) -> PositionLost:
     return PositionLost(
-        f"{what}: the topic was trimmed or made anew; restore it, or remove the reader's state to read from "
-        "the beginning"
+        f"{what}: the topic was trimmed or made anew; restore it, or remove the reader's state, and the topic's file "
+        "in STATE/kafka, to read from the beginning"
     )

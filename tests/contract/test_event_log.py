@@ -194,6 +194,19 @@ def test_a_position_that_is_not_in_a_remade_topic_is_refused(log_server: LogServ
         log_server.reader([TOPIC], after(entries)).poll(max_entries=1, timeout_s=5)
 
 
+def test_a_position_in_a_topic_that_was_remade_is_lost_also_once_it_has_grown_past_it(log_server: LogServer) -> None:
+    log = log_server.open()
+    append_all(log, TOPIC, [("k", str(n).encode()) for n in range(5)])
+    entries = read_all(log_server.reader([TOPIC], {}), 5)
+
+    log_server.remake(TOPIC)
+    append_all(log_server.open(), TOPIC, [("k", b"new") for _ in range(20)])
+
+    with pytest.raises(PositionLost, match="made anew"):
+        log_server.reader([TOPIC], after(entries)).poll(max_entries=1, timeout_s=5)
+    assert len(read_all(log_server.reader([TOPIC], {}), 20)) == 20, "who begins anew reads it"
+
+
 def test_a_running_reader_halts_when_its_topic_is_remade(log_server: LogServer) -> None:
     log = log_server.open()
     append_all(log, TOPIC, [("k", str(n).encode()) for n in range(5)])
