@@ -7,6 +7,7 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 from msgspec.structs import replace
 
@@ -67,11 +68,11 @@ def test_a_broker_that_does_not_answer_is_named_with_one_to_try(deployment: Depl
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{nobody.getsockname()[1]}"
-        document = deployment.document | {"telemetry": {"log": "kafka", "kafka_bootstrap": f"nowhere,{address}"}}
+        telemetry = msgspec.structs.replace(deployment.telemetry, log="kafka", kafka_bootstrap=f"nowhere,{address}")
         with pytest.raises(CannotStart, match=rf"no Kafka broker answers at nowhere,{address}: .*deploy.kafka.broker"):
-            check(replace(deployment, document=document))
+            check(replace(deployment, telemetry=telemetry))
         nobody.listen()
-        check(replace(deployment, document=document))
+        check(replace(deployment, telemetry=telemetry))
 
 
 def test_a_model_server_that_does_not_answer_is_named_with_how_to_start_it(deployment: Deployment) -> None:
