@@ -163,7 +163,7 @@ async def _live_versions(api: Api, preference_ids: Sequence[str]) -> dict[str, s
     ends = {"live", "dropped", "retracted"}
 
     async def stages(preference_id: str) -> dict[str, str]:
-        timeline = (await api.receipt(preference_id))["timeline"]
+        timeline = (await api.receipt(preference_id))["stages"]
         return {stage["stage"]: stage.get("version", "") for stage in timeline}
 
     for _ in range(int(LIVE_WAIT_S / RETRY_S)):
@@ -218,7 +218,9 @@ async def simulate(url: str, persona: str, wanted: int, *, users: int, seed: int
         f"{result.version} against base on {len(EVALUATION_PROMPTS)} new prompts: {result.wins} won, "
         f"{result.losses} lost, {result.ties} tied, win rate {result.win_rate:.2f}"
     )
-    out.print(f"{known} of these {clicks.given} clicks are in it, or in one before it; a tenth only judges versions")
+    out.print(
+        f"{known} of these {clicks.given} clicks are in it, or in one before it (ties teach nothing, a tenth judges)"
+    )
     if is_base(result.version):
         out.print(
             "stable is the base itself still: no version has won its place yet (`tiebreak releases list` says why)"
