@@ -163,6 +163,8 @@ def _add_dlq(dlq: argparse.ArgumentParser, shared: argparse.ArgumentParser) -> N
 
 
 def _add_datasets(datasets: argparse.ArgumentParser, shared: argparse.ArgumentParser) -> None:
+    from telemetry.datasets import STRATA
+
     actions = datasets.add_subparsers(
         title="actions", metavar="create|list|diff|drift|export", required=True, dest="action"
     )
@@ -173,6 +175,10 @@ def _add_datasets(datasets: argparse.ArgumentParser, shared: argparse.ArgumentPa
         create.add_argument(f"--{name}", default="", help=f"only verdicts of this {name}{one}")
     create.add_argument("--since", default="", metavar="TIME", help="only those given then or later (ISO 8601)")
     create.add_argument("--until", default="", metavar="TIME", help="only those given before")
+    create.add_argument("--against", default="", help="only pairs whose other side is this variant")
+    create.add_argument("--sample", type=_positive, default=0, metavar="N", help="of these so many, at random")
+    create.add_argument("--per", choices=STRATA, help="in the sample as many of each of these, as far as there are any")
+    create.add_argument("--seed", type=int, default=0, help="another one is another sample (default 0)")
     create.add_argument("--note", default="", help="kept with it")
     text = "show every data set"
     listing = actions.add_parser("list", parents=[shared], help=text, description=_sentence(text))
@@ -410,17 +416,22 @@ def _card(options: argparse.Namespace) -> int:
 
 
 def _lineage(options: argparse.Namespace) -> int:
-    from deploy import lineage
+    from deploy import audit, lineage
     from deploy.view import console
+    from telemetry.event_log import LogUnavailable
     from telemetry.lineage import NotRecorded
+    from telemetry.manifest import VERSION_PATTERN
 
-    store = config.load(options.config, state=options.state).telemetry.store_root
+    telemetry = config.load(options.config, state=options.state).telemetry
     try:
+        if not VERSION_PATTERN.match(options.name):  # a person's verdict
+            audit.record(telemetry, "read", f"verdict {options.name}")
         if options.json:
-            print(msgspec.json.format(msgspec.json.encode(lineage.document(store, options.name))).decode())
+            found = lineage.document(telemetry.store_root, options.name)
+            print(msgspec.json.format(msgspec.json.encode(found)).decode())
         else:
-            lineage.show(store, options.name, console())
-    except NotRecorded as error:
+            lineage.show(telemetry.store_root, options.name, console())
+    except (NotRecorded, LogUnavailable) as error:
         print(f"tiebreak: {error}", file=sys.stderr)
         return 1
     return 0

@@ -9,10 +9,11 @@ are gone.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal, get_args
 
 import msgspec
 import pyarrow as pa  # type: ignore[import-untyped]
@@ -34,6 +35,16 @@ _SCHEMA: Final = pa.schema(
 )  # fmt: skip
 
 
+Stratum = Literal["cohort", "source", "cluster", "variants"]
+STRATA: Final[tuple[Stratum, ...]] = get_args(Stratum)
+_STRATA: Final[dict[Stratum, tuple[str, ...]]] = {
+    "cohort": ("cohort",),
+    "source": ("source",),
+    "cluster": ("cluster",),
+    "variants": ("chosen_variant", "rejected_variant"),
+}
+
+
 class Filter(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     """Which verdicts; what is empty does not choose."""
 
@@ -44,9 +55,13 @@ class Filter(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     labeler: str = ""
     outcome: str = ""
     variant: str = ""  # that is one of the two sides
-    version: str = ""  # the same
+    against: str = ""  # that is the other one
+    version: str = ""  # that is one of the two sides
     since: datetime | None = None  # given then or later
     until: datetime | None = None  # given before
+    sample: int = 0  # of these at most so many, at random
+    seed: int = 0
+    per: Stratum | None = None  # as many of each cohort, source, cluster or pair of variants, as far as there are any
 
     def wanted(self) -> Any:
         """The filter as an Arrow expression over table ``preferences``."""
@@ -57,6 +72,14 @@ class Filter(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
         for name in ("variant", "version"):
             if value := getattr(self, name):
                 found &= (pc.field(f"chosen_{name}") == value) | (pc.field(f"rejected_{name}") == value)
+        if self.against:
+            mine, other = pc.field("chosen_variant"), pc.field("rejected_variant")
+            if self.variant:
+                found &= ((mine == self.variant) & (other == self.against)) | (
+                    (mine == self.against) & (other == self.variant)
+                )
+            else:
+                found &= (mine == self.against) | (other == self.against)
         if self.since is not None:
             found &= pc.field("occurred_at") >= pa.scalar(self.since, _TIME)
         if self.until is not None:
@@ -160,14 +183,32 @@ class Datasets:
         """The chosen verdicts that nobody had taken back in that version of the table."""
         try:
             data = DeltaTable(self._table, version=version).to_pyarrow_dataset()
-            columns = ["preference_id", "event", "occurred_at"]
+            columns = ["preference_id", "event", "occurred_at", *(_STRATA[chosen.per] if chosen.per else ())]
             rows = data.to_table(columns=columns, filter=chosen.wanted(), use_threads=False).to_pylist()
             is_retraction = pc.field("type") == PreferenceRetracted.__name__
             taken_back = data.to_table(columns=columns[:1], filter=is_retraction, use_threads=False)
         except (OSError, pa.ArrowInvalid, DeltaError) as error:
             raise DatasetChanged(f"version {version} of {self._table} cannot be read: {error}") from error
         gone = set(taken_back["preference_id"].to_pylist())
-        return [row for row in rows if row["preference_id"] not in gone]
+        return _sampled([row for row in rows if row["preference_id"] not in gone], chosen)
+
+
+def _sampled(rows: list[dict[str, Any]], chosen: Filter) -> list[dict[str, Any]]:
+    """At most ``chosen.sample`` of ``rows``, at random, the same ones each time: of each stratum one, then another."""
+    if not chosen.sample:
+        return rows
+
+    def place(row: dict[str, Any]) -> bytes:
+        return hashlib.sha256(f"{chosen.seed}/{row['preference_id']}".encode()).digest()
+
+    turns: Counter[tuple[str, ...]] = Counter()
+    dealt: list[tuple[int, bytes, dict[str, Any]]] = []
+    for row in sorted(rows, key=place):
+        stratum = tuple(sorted(row[name] for name in _STRATA[chosen.per])) if chosen.per else ()
+        dealt.append((turns[stratum], place(row), row))
+        turns[stratum] += 1
+    dealt.sort(key=lambda each: each[:2])
+    return [row for _, _, row in dealt[: chosen.sample]]
 
 
 def _digest(rows: list[dict[str, Any]]) -> tuple[str, list[str]]:

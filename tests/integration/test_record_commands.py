@@ -175,6 +175,7 @@ def test_corrections_and_repeats_are_kept_and_marked(
     assert (found["repeats"], found["agrees"], found["contradicts"]) == ([repeated], [corrected], [eva])
     shown = [line.split() for line in run("lineage", ida)[1].splitlines()]
     assert shown[-3:] == [["repeats", repeated], ["agrees", corrected], ["contradicts", eva]]
+    wait_for(lambda: f'"verdict {ida}"' in run("audit", "list", "--json")[1], "the look is in the audit trail")
 
 
 def with_labels(task: dict[str, Any], form: str) -> dict[str, Any]:

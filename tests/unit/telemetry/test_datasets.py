@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from msgspec.structs import replace
 from telemetry import store as stores
 from telemetry.datasets import DatasetChanged, Datasets, DatasetUnknown, Filter
 from telemetry.event_log import Entry, Position
-from telemetry.events import PAIRS, PREFERENCES, AnyEvent, PreferenceRecorded, encode, key_of
+from telemetry.events import PAIRS, PREFERENCES, AnyEvent, PreferenceRecorded, decode, encode, key_of
 from telemetry.people import LocalProvider, PersonKeys
 from telemetry.sealing import Sealer
 from telemetry.store import KEEP_LOG, Recorded, Store
@@ -115,6 +116,34 @@ def test_joining_and_deleting_files_leaves_it_readable(
 
 def _files(store: Store) -> list[str]:
     return [path.name for path in Path(store.tables[PREFERENCES]._root, "preferences").glob("*.parquet")]
+
+
+def test_a_sample_is_the_same_verdicts_each_time_and_another_seed_is_another(store: Store, datasets: Datasets) -> None:
+    put(store, *(given(n) for n in range(4, 40)))
+    first = datasets.create(Filter(sample=10), by="ann")
+    assert first.verdicts == 10
+    assert datasets.create(Filter(sample=10), by="bob").id == first.id
+    other = datasets.create(Filter(sample=10, seed=1), by="ann")
+    assert ids(datasets, other.id) != ids(datasets, first.id)
+    put(store, *(given(n) for n in range(40, 80)))
+    assert len(ids(datasets, first.id)) == 10, "what came later changes nothing"
+    assert datasets.create(Filter(sample=1000), by="ann").verdicts == 80
+
+
+def test_a_sample_has_as_many_of_each_as_there_are(store: Store, datasets: Datasets) -> None:
+    put(store, *(given(n, cohort="beta") for n in range(4, 20)), *(given(n, cohort="few") for n in range(20, 22)))
+    made = datasets.create(Filter(sample=10, per="cohort"), by="ann")
+    cohorts = Counter(decode(payload).cohort for payload in datasets.payloads(made))  # type: ignore[union-attr]
+    assert cohorts == {"default": 4, "beta": 4, "few": 2}
+
+
+def test_a_pair_of_variants_is_chosen_whoever_won(store: Store, datasets: Datasets) -> None:
+    calm, bold, main = (replace(given(0).chosen, variant=name) for name in ("calm", "bold", "main"))
+    pairs = [(calm, bold), (bold, calm), (calm, main), (bold, main), (calm, calm)]
+    put(store, *(given(n, chosen=a, rejected=b) for n, (a, b) in enumerate(pairs, start=50)))
+    made = datasets.create(Filter(variant="calm", against="bold"), by="ann")
+    assert ids(datasets, made.id) == {"preference-50", "preference-51"}
+    assert ids(datasets, datasets.create(Filter(variant="calm", against="calm"), by="ann").id) == {"preference-54"}
 
 
 def test_log_entries_are_never_cleaned_away(store: Store) -> None:
