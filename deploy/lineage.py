@@ -41,7 +41,7 @@ def show(store: str, name: str, console: Console) -> None:
 
 
 def _show_version(line: Sequence[Published], console: Console) -> None:
-    names = ("version", "parent", "step", "published", "became", "verdicts", "their ids")
+    names = ("version", "parent", "step", "published", "became", "data set", "verdicts", "their ids")
     table = Table(*(Column(name, no_wrap=name not in ("their ids", "became")) for name in names), box=None)
     for each in line:
         ids = " ".join(each.preference_ids)
@@ -52,6 +52,7 @@ def _show_version(line: Sequence[Published], console: Console) -> None:
             str(each.step),
             each.published_at.isoformat(timespec="seconds"),
             states,
+            each.dataset or "the stream",
             count,
             ids,
         )

@@ -111,6 +111,7 @@ class VersionStore:
             preference_ids=manifest.preference_ids,
             oldest_verdict_at=oldest_verdict_at,
             metrics=manifest.metrics,
+            dataset=self.dataset,
         )
 
 

@@ -238,6 +238,7 @@ class VersionPublished(Event, frozen=True, tag=True, kw_only=True):
     preference_ids: tuple[str, ...]  # trained on since the parent version
     oldest_verdict_at: datetime | None = None  # for retrain latency
     metrics: dict[str, float] = {}  # offline evaluation, what the gate reads
+    dataset: str = ""  # id of the data set that it was made of; "" where it learned from the stream
 
 
 class ReleaseChanged(Event, frozen=True, tag=True, kw_only=True):

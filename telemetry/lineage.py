@@ -38,6 +38,7 @@ class Published(msgspec.Struct, frozen=True):
     published_at: datetime
     preference_ids: tuple[str, ...]  # learned since the parent
     states: tuple[str, ...]  # what the release made of it, oldest first
+    dataset: str = ""  # that it was made of; "" where it learned from the stream
 
 
 class Learned(msgspec.Struct, frozen=True):
@@ -88,6 +89,7 @@ class Lineages:
             row["version"]: Published(
                 row["version"], row["variant"], row["parent"], row["step"], row["occurred_at"],
                 tuple(row["preference_ids"]), tuple(states.get(row["version"], ())),
+                msgspec.json.decode(row["event"], type=VersionPublished).dataset,
             )
             for row in sorted(rows, key=lambda row: row["occurred_at"]) if row["type"] == VersionPublished.__name__
         }  # fmt: skip

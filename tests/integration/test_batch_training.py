@@ -72,7 +72,8 @@ def test_a_data_set_becomes_one_version_that_names_it(
     assert sorted(manifest.preference_ids) == sorted(f"preference-{n}" for n in range(10))
     assert manifest.metrics["replay_win_rate"] == 1.0
     events = told(telemetry_config)
-    assert [event.version for event in events if isinstance(event, VersionPublished)] == [version]
+    published = [event for event in events if isinstance(event, VersionPublished)]
+    assert [(event.version, event.dataset) for event in published] == [(version, name)]
     steps = [event for event in events if isinstance(event, BatchTrained)]
     assert sum(len(step.preference_ids) for step in steps) == 10
     assert sum(len(step.preference_ids) + len(step.replayed_ids) for step in steps) == 20  # two passes
