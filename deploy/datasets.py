@@ -28,6 +28,8 @@ def chosen(options: argparse.Namespace) -> Filter:
         values[name] = datetime.fromisoformat(values[name])
         if values[name].tzinfo is None:
             raise ValueError(f"--{name} {getattr(options, name)}: say the zone, too: 2026-01-31T12:00:00+00:00")
+    if ("per" in values or "seed" in values) and "sample" not in values:
+        raise ValueError("--per and --seed choose a sample: say --sample, too")
     return Filter(**values)
 
 

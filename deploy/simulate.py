@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import random
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -166,7 +167,8 @@ async def _live_versions(api: Api, preference_ids: Sequence[str]) -> dict[str, s
         timeline = (await api.receipt(preference_id))["stages"]
         return {stage["stage"]: stage.get("version", "") for stage in timeline}
 
-    for _ in range(int(LIVE_WAIT_S / RETRY_S)):
+    deadline = time.monotonic() + LIVE_WAIT_S
+    while time.monotonic() < deadline:
         if all([ends & (await stages(name)).keys() for name in preference_ids[-LAST_CLICKS:]]):
             break
         await asyncio.sleep(RETRY_S)
@@ -219,7 +221,7 @@ async def simulate(url: str, persona: str, wanted: int, *, users: int, seed: int
         f"{result.losses} lost, {result.ties} tied, win rate {result.win_rate:.2f}"
     )
     out.print(
-        f"{known} of these {clicks.given} clicks are in it, or in one before it (ties teach nothing, a tenth judges)"
+        f"{known} of these {clicks.given} clicks went live in it or an earlier one (ties teach nothing, a tenth judges)"
     )
     if is_base(result.version):
         out.print(

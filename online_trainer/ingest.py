@@ -228,7 +228,7 @@ class Intake:
 
         ``key_id``: what it was sealed with.
         """
-        if (self._policy and event.policy != self._policy) or not self._is_new(event.event_id):
+        if (self._policy and event.policy != self._policy) or not self._see(event.event_id):
             return
         reason = reason_to_drop(event, self._heldout_ratio, learns_ties=self._learns_ties)
         if reason in (None, "held_out") and event.outcome == "chosen_rejected":
@@ -246,7 +246,7 @@ class Intake:
 
         In either case it takes the place of an earlier one of the same person on the same answer.
         """
-        if (self._policy and event.policy != self._policy) or not self._is_new(event.event_id):
+        if (self._policy and event.policy != self._policy) or not self._see(event.event_id):
             return
         self._replace_thumb(event)
         if reason := reason_to_drop_thumb(event, self._heldout_ratio):
@@ -265,7 +265,7 @@ class Intake:
 
     def unreadable(self, event: PreferenceRecorded | FeedbackRecorded) -> None:
         """A verdict of a person who is forgotten: dropped. One seen before changes nothing."""
-        if (not self._policy or event.policy == self._policy) and self._is_new(event.event_id):
+        if (not self._policy or event.policy == self._policy) and self._see(event.event_id):
             self.dropped.append((event.event_id, "erased"))
 
     def erase(self, event: PersonErased) -> None:
@@ -283,7 +283,7 @@ class Intake:
 
         It may come before its verdict: that can lie in one router's outbox while another appends directly.
         """
-        self._is_new(event.preference_id)  # it is not, from here on
+        self._see(event.preference_id)
         waiting = [verdict for verdict in self.pending if verdict.preference_id == event.preference_id]
         self.dropped += [(verdict.preference_id, "retracted") for verdict in waiting]
         for verdicts in self._every_list():
@@ -312,8 +312,8 @@ class Intake:
         kept = sorted(known.values(), key=lambda verdict: hashlib.sha256(verdict.preference_id.encode()).digest())
         self.regression = kept[: self._heldout_window]
 
-    def _is_new(self, preference_id: str) -> bool:
-        """Whether it was not seen before; from now on it was."""
+    def _see(self, preference_id: str) -> bool:
+        """Whether it is seen for the first time."""
         mark = hashlib.blake2b(preference_id.encode(), digest_size=MARK_BYTES).digest()
         if mark in self._seen:
             return False

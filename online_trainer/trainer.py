@@ -144,20 +144,24 @@ class Trainer:
     def turn(self, reader: Reader, timeout_s: float = POLL_S) -> None:
         """One round: read what is there, then at most one step and at most one publication."""
         with self._quarantining():
-            if self._published_at is None:  # after a restart: first what was about to be published
+            if self._published_at is None and self._has_news():  # after a restart: first what was about to be published
+                self._read(reader, timeout_s)  # what refuses its parent may be there by now
                 self._publish_news()
             self._step(reader, timeout_s)
             self._publish_news()
 
     def finish(self) -> str:
-        """Learn a log that ends, each verdict as often as the settings say, and publish once: the version, or ""."""
+        """Learn a log that ends, each verdict as often as the settings say, and publish: the last version, or "".
+
+        It is the only one, unless there are more verdicts than a version can name.
+        """
         self.tell()
         reader, has_more = self._log.reader(self.topics, self._intake.state().offsets), True
         while has_more:
             with self._quarantining():
                 has_more = self._step(reader, 0.0)
-                if self._is_full():
-                    self._publish()
+                if self._is_full() and not self._publish():
+                    return ""  # nobody can judge them now
         is_judged = True
         while self._lineage.steps and is_judged:
             with self._quarantining():
@@ -177,13 +181,7 @@ class Trainer:
 
     def _step(self, reader: Reader, timeout_s: float) -> bool:
         """Read what is there, and take at most one step; False where there was nothing to do."""
-        is_ahead = len(self._intake.pending) > AHEAD_STEPS * self._config.batch_pairs
-        most = self._config.batch_pairs if is_ahead else POLL_ENTRIES  # never none: refusals, erasures get through
-        entries = reader.poll(max_entries=most, timeout_s=timeout_s)
-        for entry in entries:
-            self._take(entry)
-        metrics.TRAINER_LAG.set(reader.lag())
-        is_caught_up = len(entries) < most
+        count, is_caught_up = self._read(reader, timeout_s)
         if batch := self._due_batch(is_caught_up=is_caught_up):
             self._train(batch, self._beside(batch))
         elif self._is_unsaved:
@@ -193,8 +191,18 @@ class Trainer:
         elif rehearsal := self._rehearsal(is_caught_up=is_caught_up):
             self._train([], rehearsal)
         else:
-            return bool(entries)
+            return bool(count)
         return True
+
+    def _read(self, reader: Reader, timeout_s: float) -> tuple[int, bool]:
+        """Take what is there: how many entries, and whether those are all."""
+        is_ahead = len(self._intake.pending) > AHEAD_STEPS * self._config.batch_pairs
+        most = self._config.batch_pairs if is_ahead else POLL_ENTRIES  # never none: refusals, erasures get through
+        entries = reader.poll(max_entries=most, timeout_s=timeout_s)
+        for entry in entries:
+            self._take(entry)
+        metrics.TRAINER_LAG.set(reader.lag())
+        return len(entries), len(entries) < most
 
     # ---- what comes in ----------------------------------------------------------------------------------------
 
@@ -455,9 +463,10 @@ class Trainer:
 
     def _may_publish(self) -> bool:
         """Whether the last version is old enough; while a full step waits, new verdicts come first for a while."""
-        if self._published_at is None or self._is_full():
+        if self._published_at is None:
             return True
-        is_behind = len(self._intake.next_batch(self._caps(self._config.batch_pairs))) == self._config.batch_pairs
+        size = self._config.batch_pairs
+        is_behind = not self._is_full() and len(self._intake.next_batch(self._caps(size))) == size
         return self._is_due(self._published_at, self._config.publish_interval_s * (BEHIND_WAITS if is_behind else 1.0))
 
     def _anchor_at(self, version: str) -> None:

@@ -335,6 +335,7 @@ class KafkaReader:
             if topic in topics
             for partition, offset in partitions.items()
         }
+        self._ids: dict[str, str] = {}  # of the topics that our positions are in
         self._consumer: KafkaConsumer | None = None
         self._checked_at = 0.0
 
@@ -393,10 +394,12 @@ class KafkaReader:
         """Raise PositionLost for a position in a topic that was made anew since."""
         for topic in described:
             name, found = topic["name"], str(topic["topic_id"])
-            known = self._cluster.known_id(name, found)
+            noted = self._cluster.known_id(name, found)
+            known = self._ids.get(name, noted)
             is_under_way = any(offset for partition, offset in self._next.items() if partition.topic == name)
             if known != found and is_under_way:
-                raise _lost(f"{name} has the id {found}, {self._cluster.ids / name}.id says {known}")
+                raise _lost(f"{name} has the id {found}, and had {known}")
+            self._ids[name] = found
 
     def _check(self, consumer: KafkaConsumer) -> None:
         """Are the brokers there, our positions inside the log, and all of its partitions ours?"""
@@ -429,6 +432,6 @@ class KafkaReader:
 
 def _lost(what: str) -> PositionLost:
     return PositionLost(
-        f"{what}: the topic was trimmed or made anew; restore it, or remove the reader's state, and the topic's file "
-        "in STATE/kafka, to read from the beginning"
+        f"{what}: the topic was trimmed or made anew; restore it, or remove the states of all that read it, while they "
+        "are stopped, and the topic's file in STATE/kafka, to read from the beginning"
     )

@@ -189,7 +189,10 @@ class OutboxLog:
             return self._unsent
 
     def append(self, topic: str, key: str, payload: bytes) -> Future[Durable]:
-        """Queue one entry; the future tells where it became durable. Raises only when log and disk both fail."""
+        """Queue one entry; the future tells where it became durable.
+
+        It raises EntryTooLarge, and LogUnavailable only when log and disk both fail.
+        """
         entry, result = Spooled(topic, key, payload), Future[Durable]()
         result.set_running_or_notify_cancel()
         if error := too_large(topic, payload):  # here already: in a segment it would block the way for ever

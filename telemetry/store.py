@@ -207,28 +207,28 @@ class AuditTable(Table):
         super().__init__(root, AUDIT)
         newest = answer(self._delta, "select number, hash from t order by number desc limit 1").read_all().to_pylist()
         self._end = Head(newest[0]["number"] + 1, newest[0]["hash"]) if newest else Head(0, START)
-        self._heads = heads if heads is not None and self._has(heads) else None
+        self._heads = self._taken_up(heads) if heads is not None else None
 
-    def _has(self, heads: HeadFile) -> bool:
-        """Whether the head, which is there before the first entry, is one of the chain's."""
+    def _taken_up(self, heads: HeadFile) -> HeadFile | None:
+        """``heads``, if its head is on the chain; one is written before the first entry. None, and an error, if not."""
         try:
             head, why = heads.read(), "is missing"
         except ValueError as error:
             head, why = None, str(error)
         if head is None and why == "is missing" and not self._end.rows:
             heads.write(0, START)
-            return True
+            return heads
         if head is not None:
             last = f"select hash from t where number = {head.rows - 1}"
             hashes = answer(self._delta, last).read_all().column("hash").to_pylist() if head.rows else [START]
             if hashes == [head.hash]:
-                return True
+                return heads
             why = f"counts {head.rows} entries, and the trail's {head.rows}th is not the one that it names"
         log.error(
             "the audit trail's signed head %s: it is not written any more, see `tiebreak audit verify`", why,
             extra={"action": "audit_broken"},
         )  # fmt: skip
-        return False
+        return None
 
     def _commit(self, rows: list[dict[str, Any]], reached: Mapping[int, int]) -> None:
         end = link(rows, self._end)

@@ -204,7 +204,11 @@ def test_a_position_in_a_topic_that_was_remade_is_lost_also_once_it_has_grown_pa
 
     with pytest.raises(PositionLost, match="made anew"):
         log_server.reader([TOPIC], after(entries)).poll(max_entries=1, timeout_s=5)
-    assert len(read_all(log_server.reader([TOPIC], {}), 20)) == 20, "who begins anew reads it"
+    anew = log_server.reader([TOPIC], {})
+    assert len(read_all(anew, 20)) == 20, "who begins anew reads it"
+    anew.close()  # the connection was lost
+    append_all(log_server.open(), TOPIC, [("k", b"newer")])
+    assert [entry.payload for entry in read_all(anew, 1)] == [b"newer"], "and goes on reading it"
 
 
 def test_a_running_reader_halts_when_its_topic_is_remade(log_server: LogServer) -> None:

@@ -136,7 +136,7 @@ def test_an_operator_rolls_back_and_the_history_says_who(tiny_stack: RunningStac
 def test_simulate_clicks_and_compares(tiny_stack: RunningStack) -> None:
     done = tiebreak(tiny_stack, "simulate", "--persona", "short", "--clicks", "4", "--concurrency", "2")
     assert done.returncode == 0, done.stderr
-    assert "win rate" in done.stdout and "of these 4 clicks are in it" in done.stdout
+    assert "win rate" in done.stdout and "of these 4 clicks went live" in done.stdout
 
 
 def test_a_second_stack_on_the_same_state_is_refused_in_one_line(tiny_stack: RunningStack) -> None:

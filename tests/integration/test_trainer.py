@@ -246,6 +246,32 @@ def test_no_version_names_more_verdicts_than_an_event_holds(
     assert all(len(event.dropped) <= 3 for event in bench.batches())
 
 
+def test_a_log_that_ends_has_no_version_where_nobody_can_judge_so_many_verdicts(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("online_trainer.trainer.MOST_NAMED", 10)
+    monkeypatch.setattr("online_trainer.evaluate.unjudged", lambda *_: "the scorer is away")
+    bench.append(*(verdict(n) for n in range(32)))
+    assert bench.trainer.finish() == ""
+    assert not bench.published()
+
+
+def test_a_refusal_that_came_while_it_was_away_is_heard_before_it_publishes(
+    telemetry_config: TelemetryConfig, tiny_model: Path
+) -> None:
+    bench = Bench(telemetry_config, tiny_model, msgspec.structs.replace(CONFIG, publish_interval_s=3600.0))
+    bench.append(*(verdict(n) for n in range(4)))
+    bench.turn()
+    (first,) = bench.published()
+    bench.append(*(verdict(n) for n in range(4, 8)))
+    bench.turn()
+    assert bench.trainer._has_news() and len(bench.published()) == 1
+    bench.refuse(first.version, bench.base, "rolled_back")
+    bench.start()
+    bench.turn()
+    assert first.version not in [version.parent for version in bench.published()]
+
+
 def test_preferences_are_measured_against_the_version_that_was_promoted_also_after_a_restart(
     telemetry_config: TelemetryConfig, tiny_model: Path
 ) -> None:
