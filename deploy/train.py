@@ -7,7 +7,7 @@ like any other, so that the release gate, shadow and canary decide about it.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Final
@@ -40,6 +40,9 @@ class DatasetLog:
 
     def append(self, topic: str, key: str, payload: bytes) -> Future[Position]:
         return self._told.append(topic, key, payload)
+
+    def append_all(self, entries: Iterable[tuple[str, str, bytes]]) -> list[Future[Position]]:
+        return self._told.append_all(entries)
 
     def reader(self, topics: Sequence[str], start: Offsets) -> DatasetReader:
         return DatasetReader(self._verdicts, start.get(PREFERENCES, {}).get(0, 0))

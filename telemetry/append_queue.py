@@ -10,7 +10,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 
@@ -61,6 +61,11 @@ class AppendQueue:
             self._queue.put(Append(topic, key, payload, now_s + self._timeout_s, future))
         future.add_done_callback(lambda done: self._waiting.pop(id(done), None))
         return future
+
+    def put_all(self, entries: Iterable[tuple[str, str, bytes]]) -> list[Future[Position]]:
+        """Queue entries, none of which is left out when those before it fail meanwhile."""
+        with self.failing:
+            return [self.put(*entry) for entry in entries]
 
     def fail(self, future: Future[Position], error: LogUnavailable) -> None:
         """This entry could not be appended, nor can any that waits behind it."""

@@ -7,7 +7,7 @@ data, which is what makes it exactly once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from typing import Protocol
 
@@ -59,6 +59,10 @@ class EventLog(Protocol):
 
     def append(self, topic: str, key: str, payload: bytes) -> Future[Position]:
         """Queue one entry; the future resolves once it is durable, or raises LogUnavailable or EntryTooLarge."""
+        ...
+
+    def append_all(self, entries: Iterable[tuple[str, str, bytes]]) -> list[Future[Position]]:
+        """Queue (topic, key, payload) one behind the other: where one is LogUnavailable, so are those after it."""
         ...
 
     def reader(self, topics: Sequence[str], start: Offsets) -> Reader:

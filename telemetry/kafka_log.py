@@ -15,7 +15,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from pathlib import Path
@@ -168,6 +168,9 @@ class KafkaLog:
 
     def append(self, topic: str, key: str, payload: bytes) -> Future[Position]:
         return self._queue.put(topic, key, payload)
+
+    def append_all(self, entries: Iterable[tuple[str, str, bytes]]) -> list[Future[Position]]:
+        return self._queue.put_all(entries)
 
     def reader(self, topics: Sequence[str], start: Offsets) -> KafkaReader:
         return KafkaReader(self._cluster, topics, start)

@@ -304,7 +304,7 @@ class OutboxLog:
         at = 0
         while at < len(entries) and not self._is_closing:
             group = entries[at : at + FORWARD_GROUP]
-            futures = [self._log.append(entry.topic, entry.key, entry.payload) for entry in group]
+            futures = self._log.append_all((entry.topic, entry.key, entry.payload) for entry in group)
             sent = 0
             for future in futures:
                 if future.exception() is not None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from typing import Any, Final
 
@@ -67,6 +67,9 @@ class RedisLog:
 
     def append(self, topic: str, key: str, payload: bytes) -> Future[Position]:
         return self._queue.put(topic, key, payload)
+
+    def append_all(self, entries: Iterable[tuple[str, str, bytes]]) -> list[Future[Position]]:
+        return self._queue.put_all(entries)
 
     def reader(self, topics: Sequence[str], start: Offsets) -> RedisReader:
         return RedisReader(self._connect(self._append_timeout_s + BLOCK_S), topics, start)

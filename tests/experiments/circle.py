@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import random
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from datetime import datetime, timedelta
@@ -82,6 +82,9 @@ class MemoryLog:
         done: Future[Position] = Future()
         done.set_result(Position(topic, 0, 0))
         return done
+
+    def append_all(self, entries: Iterable[tuple[str, str, bytes]]) -> list[Future[Position]]:
+        return [self.append(*entry) for entry in entries]
 
     def reader(self, topics: Sequence[str], start: Offsets) -> DatasetReader:
         return DatasetReader(self.verdicts, 0)

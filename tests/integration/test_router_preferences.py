@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -51,6 +51,9 @@ class BrokenLog:
             failed.set_exception(self._error)
             return failed
         return self._real.append(topic, key, payload)
+
+    def append_all(self, entries: Iterable[tuple[str, str, bytes]]) -> list[Future[Position]]:
+        return [self.append(*entry) for entry in entries]
 
     def reader(self, topics: Sequence[str], start: Offsets) -> Reader:
         return self._real.reader(topics, start)

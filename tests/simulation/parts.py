@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -100,6 +100,9 @@ class Log:
         else:
             done.set_result(Position(topic, partition, len(stored) - 1))
         return done
+
+    def append_all(self, entries: Iterable[tuple[str, str, bytes]]) -> list[Future[Position]]:
+        return [self.append(*entry) for entry in entries]
 
     def reader(self, topics: Sequence[str], start: Offsets) -> Reader:
         return Reader(self, topics, start)

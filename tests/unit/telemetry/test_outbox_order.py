@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
 
+from telemetry.append_queue import AppendQueue
 from telemetry.event_log import LogUnavailable, Offsets, Position, Reader
 from telemetry.outbox import Durable, OutboxLog, read_segment
 
@@ -28,6 +30,9 @@ class SlowLog:
         else:
             self.under_way.append(future)
         return future
+
+    def append_all(self, entries: Iterable[tuple[str, str, bytes]]) -> list[Future[Position]]:
+        return [self.append(*entry) for entry in entries]
 
     def reader(self, topics: Sequence[str], start: Offsets) -> Reader:
         raise NotImplementedError
@@ -82,3 +87,27 @@ def test_what_the_log_took_before_another_failed_is_not_kept(log: SlowLog, outbo
     assert first.result(5) == Durable("log", Position("t", 0, 7))
     assert second.result(5) == Durable("outbox")
     assert kept(tmp_path) == [b"1"]
+
+
+def test_nothing_of_a_group_is_queued_behind_the_failure_of_what_is_before_it() -> None:
+    """An outbox brings its entries in groups: what was queued after the first had failed would come before them."""
+    queue = AppendQueue(lambda: None, 60.0, "writer")
+    (under_way,) = queue.put_all([("topic", "k", b"0")])
+    begun, resume = threading.Event(), threading.Event()
+
+    def entries() -> Iterator[tuple[str, str, bytes]]:
+        yield "topic", "k", b"1"
+        begun.set()
+        resume.wait(0.5)
+        yield "topic", "k", b"2"
+
+    def fail() -> None:
+        begun.wait()
+        queue.fail(under_way, AWAY)
+        resume.set()
+
+    failing = threading.Thread(target=fail)
+    failing.start()
+    futures = queue.put_all(entries())
+    failing.join()
+    assert [future.done() and future.exception() for future in futures] == [AWAY, AWAY]
